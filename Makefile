@@ -1,0 +1,33 @@
+# Two commands are enough, each alone on a fresh machine: `make serve` and `make test`.
+BACKEND ?= SPARSE_FULL
+PORT ?= 8000
+MODEL ?= models/smollm2-135m-instruct
+ARGS ?=
+
+.PHONY: help setup serve test check test-slow
+
+help:
+	@echo "make serve      set up once, then serve the demo model on 127.0.0.1:$(PORT)"
+	@echo "                (BACKEND=SINK_WINDOW ARGS='--window-tokens 512' to choose a method)"
+	@echo "make test       set up once, then run checks and the default test suite"
+	@echo "make test-slow  the tests that the default suite leaves out"
+	@echo "make check      ruff, mypy and import contracts only"
+	@echo "make setup      only the set-up: .venv, CPU kernels, demo model"
+
+setup:
+	@bash scripts/setup.sh
+
+serve: setup
+	@.venv/bin/vllm-ext serve $(MODEL) --attention-backend $(BACKEND) --port $(PORT) $(ARGS)
+
+test: check
+	.venv/bin/python -m pytest
+
+test-slow: setup
+	.venv/bin/python -m pytest -m slow
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports

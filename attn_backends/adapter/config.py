@@ -1,0 +1,50 @@
+"""From vLLM's configuration to ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attn_backends.config import ConfigError, MethodConfig, parse_config
+from attn_backends.method import SparseMethod
+from attn_backends.methods import REGISTRY, load_method
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CONFIG_KEY = "vllm_ext"
+
+
+def raw_settings(vllm_config: VllmConfig) -> dict[str, Any] | None:
+    """What the user wrote under ``vllm_ext``, or None."""
+    additional = vllm_config.additional_config
+    settings: dict[str, Any] | None = (
+        additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
+    )
+    return settings
+
+
+def chosen_method(vllm_config: VllmConfig) -> SparseMethod | None:
+    """The method that ``--attention-backend`` names, or None for a stock backend.
+
+    Raises:
+        ConfigError: settings of ours without a method of ours would be ignored silently.
+    """
+    backend = vllm_config.attention_config.backend
+    name = None if backend is None else backend.name
+    if name in REGISTRY:
+        return load_method(name)
+    if raw_settings(vllm_config) is not None:
+        raise ConfigError(
+            f"additional_config has vllm_ext settings, but --attention-backend is "
+            f"{name or 'not given'}; name one of {', '.join(REGISTRY)}, or drop the settings"
+        )
+    return None
+
+
+def method_config(vllm_config: VllmConfig, method: SparseMethod) -> MethodConfig:
+    """The method's validated settings.
+
+    Raises:
+        ConfigError: see ``parse_config``.
+    """
+    return parse_config(method.config_cls, raw_settings(vllm_config) or {}, method.name)

@@ -1,0 +1,53 @@
+"""Non-strict serving: a stock backend whose decode rows are counted as dense.
+
+A method that cannot serve a layer must never go unnoticed: the stock backend is used
+under its own name, but its metadata builder counts every decode row with a reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
+
+from attn_backends.adapter.counters import RowCounters
+
+REASON = "unsupported"
+
+
+def counted_dense(stock_path: str, method_name: str) -> str:
+    """Class path of a subclass of the stock backend that counts its decode rows.
+
+    Args:
+        stock_path: class path of the stock backend.
+        method_name: the method that was asked for, the metrics label.
+    """
+    stock: Any = resolve_obj_by_qualname(stock_path)
+    class_name = f"Counted{stock.__name__}"
+    if class_name not in globals():
+        builder = _counting_builder(stock.get_builder_cls(), method_name)
+        backend = subclass_attention_backend("Counted", stock, builder)
+        backend.__module__ = __name__
+        globals()[class_name] = backend
+    return f"{__name__}.{class_name}"
+
+
+def _counting_builder(stock_builder: Any, method_name: str) -> Any:
+    class CountingBuilder(stock_builder):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._row_counters = RowCounters(method_name)
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+        ) -> Any:
+            starts = common_attn_metadata.query_start_loc_cpu
+            num_decodes = int(((starts[1:] - starts[:-1]) == 1).sum())
+            self._row_counters.add("dense", {REASON: num_decodes})
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+    return CountingBuilder

@@ -1,0 +1,151 @@
+"""vLLM's per-layer attention implementation: executes the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from attn_backends.adapter.metadata import ExtMetadata
+from attn_backends.adapter.ops import ORDER_OF_DEVICE, resolve_ops
+from attn_backends.config import ConfigError
+from attn_backends.ops.dispatch import OpContext, OpImpl
+from attn_backends.plan import DecodePlan, LayerRole
+from kvcache.layout import PagedKVLayout, kv_views
+
+
+class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
+    """One attention layer.
+
+    Raises:
+        ConfigError: the layer has a feature that our kernels would ignore.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        checks = {
+            "ALiBi": alibi_slopes is not None,
+            "sliding-window layers of the model itself": sliding_window is not None,
+            f"KV cache dtype {kv_cache_dtype}": kv_cache_dtype != "auto",
+            "attention logit soft-capping": bool(logits_soft_cap),
+            f"attention type {attn_type}": attn_type != AttentionType.DECODER,
+            "layers that share the KV cache of others": kv_sharing_target_layer_name is not None,
+            **{f"layer option {key}": value is not None for key, value in extra.items()},
+        }
+        reasons = [reason for reason, present in checks.items() if present]
+        if reasons:
+            raise ConfigError(f"this attention layer needs {'; '.join(reasons)}: not supported")
+        self._kernel = _configured_kernel()
+        self._kv_cache: torch.Tensor | None = None
+        self._views: tuple[torch.Tensor, torch.Tensor]
+        self._cache_write: OpImpl
+
+    def _cache_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # The engine binds one cache tensor per layer and keeps it; the views are made once.
+        if kv_cache is not self._kv_cache:
+            _num_blocks, num_kv_heads, block_size, double_head = kv_cache.shape
+            device_type = kv_cache.device.type
+            order = ORDER_OF_DEVICE[device_type]
+            layout = PagedKVLayout(
+                1, block_size, num_kv_heads, double_head // 2, kv_cache.dtype, order
+            )
+            context = OpContext(layout, self.num_heads, device_type, with_rule=False)
+            self._cache_write = resolve_ops(context, self._kernel).cache_write
+            self._views = kv_views(kv_cache, order)
+            self._kv_cache = kv_cache
+        return self._views
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Writes this step's keys and values; ``[num_tokens, num_kv_heads, head_size]``."""
+        views = self._cache_views(kv_cache)
+        self._cache_write.run(key, value, *views, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: ExtMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one step.
+
+        Args:
+            layer: the vLLM layer; its name selects the role.
+            query: ``[num_tokens, num_heads, head_size]``, possibly padded at the end.
+            key, value: unused, already in the cache.
+            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
+            attn_metadata: None while the engine profiles.
+            output: like ``query``; written in place.
+            output_scale, output_block_scale: fused quantisation, not supported.
+        """
+        if attn_metadata is None:
+            return output.zero_()
+        plan, ops = attn_metadata.plan, attn_metadata.ops
+        views = self._cache_views(kv_cache)
+        if plan.decode is not None:
+            rows = slice(0, plan.num_decode_tokens)
+            if plan.roles[layer.layer_name] is LayerRole.DENSE:
+                ops.paged_attention.run(
+                    query[rows], *views, plan.decode, None, self.scale, output[rows]
+                )
+            else:
+                self._decode(plan, ops.sparse_decode, query[rows], views, output[rows])
+        if plan.prefill is not None:
+            rows = slice(plan.num_decode_tokens, plan.num_tokens)
+            ops.paged_attention.run(
+                query[rows], *views, plan.prefill, plan.prefill_rule, self.scale, output[rows]
+            )
+        return output
+
+    def _decode(
+        self,
+        plan: DecodePlan,
+        sparse_decode: OpImpl,
+        query: torch.Tensor,
+        views: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor,
+    ) -> None:
+        sparse_decode.run(
+            query, *views, plan.decode, plan.selection, plan.decode_rule, self.scale, out
+        )
+
+
+def _configured_kernel() -> str:
+    from vllm.config import get_current_vllm_config
+
+    from attn_backends.adapter.config import chosen_method, method_config
+
+    vllm_config = get_current_vllm_config()
+    method = chosen_method(vllm_config)
+    return "auto" if method is None else method_config(vllm_config, method).kernel

@@ -1,0 +1,184 @@
+"""vLLM's per-batch metadata builder: turns a batch into a ``DecodePlan``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from attn_backends.adapter.config import method_config
+from attn_backends.adapter.counters import RowCounters
+from attn_backends.adapter.ops import ORDER_OF_DEVICE, Ops, resolve_ops
+from attn_backends.batch import PagedBatch
+from attn_backends.config import ConfigError
+from attn_backends.method import Geometry, SparseMethod
+from attn_backends.ops.dispatch import OpContext
+from attn_backends.plan import DecodePlan, LayerRole
+from kvcache.layout import PagedKVLayout
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+logger = logging.getLogger("vllm.vllm_ext")
+
+
+@dataclass
+class ExtMetadata(AttentionMetadata):
+    """What the layers of one KV group share in one step."""
+
+    plan: DecodePlan
+    ops: Ops
+
+
+class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
+    """One plan per batch: no per-layer work, no host synchronisation.
+
+    Decode rows are reordered to the front by vLLM (``reorder_batch_threshold``).
+    CUDA graphs are off until a test on a GPU shows them right (docs/adr/0003).
+    """
+
+    METHOD: ClassVar[SparseMethod]
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    reorder_batch_threshold: int | None = 1
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        method = self.METHOD
+        config = method_config(vllm_config, method)
+        layers = get_layers_from_vllm_config(vllm_config, Attention)
+        if config.strict:
+            _require_our_layers(layers, method)
+        num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        schedule = method.schedule(config, num_layers)
+        self._roles = {name: _role(schedule.roles, name) for name in layer_names}
+        geometry = Geometry(
+            num_layers=num_layers,
+            num_kv_heads=kv_cache_spec.num_kv_heads,
+            block_size=kv_cache_spec.block_size,
+            max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
+            max_model_len=vllm_config.model_config.max_model_len,
+        )
+        self._selector = method.make_selector(config, geometry, device)
+        self._ops = resolve_ops(
+            op_context(
+                kv_cache_spec,
+                layers[layer_names[0]].num_heads,
+                device,
+                with_rule=self._selector.span_rule(1) is not None,
+            ),
+            config.kernel,
+        )
+        parallel = vllm_config.parallel_config
+        # Every rank of a tensor-parallel group serves the same rows: one of them counts.
+        is_counting = parallel.rank % parallel.tensor_parallel_size == 0
+        self._counters = RowCounters(method.name) if is_counting else None
+        logger.info(
+            "%s: block %d tokens; cache_write=%s paged_attention=%s sparse_decode=%s; %s",
+            method.name,
+            geometry.block_size,
+            self._ops.cache_write.name,
+            self._ops.paged_attention.name,
+            self._ops.sparse_decode.name,
+            config,
+        )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> ExtMetadata:
+        """See ``AttentionMetadataBuilder.build``."""
+        common = common_attn_metadata
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common)
+        batch = PagedBatch(
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            num_reqs=common.num_reqs,
+            num_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+        )
+        decode = prefill = selection = decode_rule = prefill_rule = None
+        if num_decodes:
+            decode = batch.rows(0, num_decodes, 0, num_decode_tokens)
+            selection = self._selector.select(decode)
+            decode_rule = self._selector.span_rule(num_decodes)
+            self._count(common, num_decodes)
+        if num_prefills:
+            prefill = batch.rows(num_decodes, batch.num_reqs, num_decode_tokens, batch.num_tokens)
+            prefill_rule = self._selector.span_rule(num_prefills)
+        plan = DecodePlan(
+            num_tokens=batch.num_tokens,
+            num_decode_tokens=num_decode_tokens,
+            decode=decode,
+            prefill=prefill,
+            selection=selection,
+            decode_rule=decode_rule,
+            prefill_rule=prefill_rule,
+            roles=self._roles,
+        )
+        return ExtMetadata(plan, self._ops)
+
+    def _count(self, common: CommonAttentionMetadata, num_decodes: int) -> None:
+        if self._counters is None:
+            return
+        seq_lens_cpu = common.seq_lens_cpu_upper_bound
+        if seq_lens_cpu is None:
+            self._counters.add("sparse", {"selected": num_decodes})
+        else:
+            self._counters.add("sparse", self._selector.row_reasons(seq_lens_cpu[:num_decodes]))
+
+
+def op_context(
+    spec: AttentionSpec, num_query_heads: int, device: torch.device, with_rule: bool
+) -> OpContext:
+    """What the ops must serve for layers of this KV spec."""
+    layout = PagedKVLayout(
+        num_blocks=1,  # implementations do not depend on the pool's size
+        block_size=spec.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        dtype=spec.dtype,
+        order=ORDER_OF_DEVICE[device.type],
+    )
+    return OpContext(layout, num_query_heads, device.type, with_rule)
+
+
+def _role(roles: tuple[LayerRole, ...], layer_name: str) -> LayerRole:
+    return roles[extract_layer_index(layer_name)]
+
+
+def _require_our_layers(layers: dict[str, Attention], method: SparseMethod) -> None:
+    foreign = {
+        name: layer.get_attn_backend().get_name()
+        for name, layer in layers.items()
+        if layer.get_attn_backend().get_name() != method.name
+    }
+    if foreign:
+        name, backend = next(iter(foreign.items()))
+        raise ConfigError(
+            f"{method.name} was asked for, but {len(foreign)} of {len(layers)} attention layers "
+            f"use another backend (first: {name} uses {backend}); set vllm_ext.strict to false "
+            "to accept that"
+        )

@@ -1,0 +1,74 @@
+"""The plain-tensor vocabulary that methods, plans and ops share. No vLLM here.
+
+Index spaces: a *logical* block is the n-th block of a request, a *physical* block is a
+row of the cache; ``block_table[request, logical_block]`` is the physical one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """Rows (requests) of one step over a paged KV cache.
+
+    Query tokens of row ``r`` are ``query_start_loc[r]:query_start_loc[r + 1]``; they are
+    the *last* tokens of the row's ``seq_lens[r]`` tokens, whose keys and values are
+    already in the cache.
+    """
+
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
+    seq_lens: torch.Tensor  # [num_reqs] int32, tokens including this step's
+    block_table: torch.Tensor  # [num_reqs, max_blocks] int32, logical -> physical
+    num_reqs: int
+    num_tokens: int
+    max_query_len: int
+    max_seq_len: int  # may be an upper bound
+
+    def rows(self, first: int, last: int, first_token: int, last_token: int) -> PagedBatch:
+        """The half-open row range ``[first, last)`` as a batch of its own.
+
+        The caller slices query and output to tokens ``[first_token, last_token)``;
+        ``query_start_loc`` is rebased to that slice.
+        """
+        return PagedBatch(
+            query_start_loc=self.query_start_loc[first : last + 1] - first_token,
+            seq_lens=self.seq_lens[first:last],
+            block_table=self.block_table[first:last],
+            num_reqs=last - first,
+            num_tokens=last_token - first_token,
+            max_query_len=self.max_query_len,
+            max_seq_len=self.max_seq_len,
+        )
+
+
+@dataclass(frozen=True)
+class SpanRule:
+    """Sinks and window, per row and KV head: which tokens a query may attend.
+
+    The query at position ``p`` (0-based) sees token ``t`` iff ``t <= p`` and
+    (``t < sink_tokens`` or ``t > p - window_tokens``). It is a rule about tokens and
+    positions, so chunking, batching and block size cannot change it.
+    """
+
+    sink_tokens: torch.Tensor  # [num_reqs, num_kv_heads] int32, >= 0
+    window_tokens: torch.Tensor  # [num_reqs, num_kv_heads] int32, >= 1
+
+    def rows(self, first: int, last: int) -> SpanRule:
+        """The rule of rows ``[first, last)``."""
+        return SpanRule(self.sink_tokens[first:last], self.window_tokens[first:last])
+
+
+@dataclass(frozen=True)
+class BlockSelection:
+    """Logical blocks that each (decode row, KV head) reads.
+
+    Entries are ascending and distinct; the last block of a row, which holds the current
+    token, is always among them. Padding is -1.
+    """
+
+    logical_blocks: torch.Tensor  # [num_reqs, num_kv_heads, max_selected] int32
+    counts: torch.Tensor  # [num_reqs, num_kv_heads] int32

@@ -1,0 +1,79 @@
+"""What a sparse-decode method is: a config, a schedule, a selection, and honest limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
+from attn_backends.config import MethodConfig
+from attn_backends.plan import LayerSchedule
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a selector must know about the layers it serves."""
+
+    num_layers: int
+    num_kv_heads: int
+    block_size: int
+    max_num_reqs: int
+    max_model_len: int
+
+
+class Selector(Protocol):
+    """Chooses the blocks that decode rows read; owns persistent buffers."""
+
+    def select(self, batch: PagedBatch) -> BlockSelection:
+        """Selection for decode rows, once per step, without host synchronisation.
+
+        The returned tensors are views of persistent buffers, valid until the next call.
+        """
+        ...
+
+    def span_rule(self, num_reqs: int) -> SpanRule | None:
+        """Token rule for ``num_reqs`` rows, or None where all tokens of a block count."""
+        ...
+
+    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[str, int]:
+        """How many decode rows are served for which reason (a metrics label).
+
+        Args:
+            seq_lens_cpu: ``[num_reqs]`` on the host.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What users must know before they choose the method (``vllm-ext methods``)."""
+
+    reads: str
+    frees: str
+    limits: str
+
+
+@dataclass(frozen=True)
+class SparseMethod:
+    """One entry of the registry: everything the product knows about a method.
+
+    Attributes:
+        name: the value of ``--attention-backend``.
+        summary: one line for tables.
+        paper: source.
+        config_cls: frozen dataclass of the method's settings.
+        schedule: ``(config, num_layers) -> LayerSchedule``.
+        make_selector: ``(config, geometry, device) -> Selector``.
+        capabilities: what it reads and frees, and where it does not work.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    config_cls: type[MethodConfig]
+    schedule: Callable[[MethodConfig, int], LayerSchedule]
+    make_selector: Callable[..., Selector]
+    capabilities: Capabilities

@@ -1,0 +1,26 @@
+"""The registry: one line per method. Everything else iterates it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from attn_backends.method import SparseMethod
+
+REGISTRY: dict[str, str] = {
+    "SPARSE_FULL": "attn_backends.methods.sparse_full:METHOD",
+    "SINK_WINDOW": "attn_backends.methods.sink_window:METHOD",
+}
+
+
+def load_method(name: str) -> SparseMethod:
+    """The method registered under ``name``.
+
+    Raises:
+        KeyError: no such method; the message lists those there are.
+    """
+    try:
+        module_name, attribute = REGISTRY[name].split(":")
+    except KeyError:
+        raise KeyError(f"unknown method {name!r}; known: {', '.join(REGISTRY)}") from None
+    method: SparseMethod = getattr(import_module(module_name), attribute)
+    return method

@@ -1,0 +1,116 @@
+"""SINK_WINDOW: every query attends the first S tokens and the last W tokens.
+
+Paper: StreamingLLM, arXiv 2309.17453. We differ: keys keep their original positions
+(vLLM caches them after RoPE, and within the trained length that is what the model saw),
+the rule holds per query in prefill, chunked prefill and decode alike, and here it is
+*selection* only: the cache keeps every block, so nothing is freed yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
+from attn_backends.config import ConfigError, MethodConfig
+from attn_backends.method import Capabilities, Geometry, SparseMethod
+from attn_backends.plan import LayerRole, LayerSchedule
+
+
+@dataclass(frozen=True)
+class SinkWindowConfig(MethodConfig):
+    """Settings of SINK_WINDOW.
+
+    Attributes:
+        sink_tokens: first tokens that are always attended, 0 to 1,048,576.
+        window_tokens: last tokens that are attended, the current one included; at least
+            one KV block (checked again against the real block size at start-up).
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    sink_tokens: int = 64
+    window_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, lowest in (("sink_tokens", 0), ("window_tokens", 1)):
+            value = getattr(self, field)
+            if not lowest <= value <= 1 << 20:
+                raise ConfigError(
+                    f"vllm_ext.{field} is {value}; it must be between {lowest} and {1 << 20} tokens"
+                )
+
+
+class SinkWindowSelector:
+    """Sink blocks and window blocks, the same for every KV head of a row.
+
+    Raises:
+        ConfigError: the window is smaller than one KV block.
+    """
+
+    def __init__(self, config: SinkWindowConfig, geometry: Geometry, device: torch.device) -> None:
+        if config.window_tokens < geometry.block_size:
+            raise ConfigError(
+                f"vllm_ext.window_tokens is {config.window_tokens}, less than one KV block of "
+                f"{geometry.block_size} tokens; use at least {geometry.block_size}, or a smaller "
+                "--block-size (32 is the smallest on CPU, 16 on GPU)"
+            )
+        self._config = config
+        self._block_size = geometry.block_size
+        self._num_sink_blocks = -(-config.sink_tokens // geometry.block_size)
+        # A window of W tokens touches at most this many blocks, wherever it starts.
+        num_window_blocks = (config.window_tokens - 2) // geometry.block_size + 2
+        heads = geometry.num_kv_heads
+        shape = (geometry.max_num_reqs, heads, self._num_sink_blocks + num_window_blocks)
+        self._steps = torch.arange(shape[2], dtype=torch.int32, device=device)
+        self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        self._sink = torch.full(shape[:2], config.sink_tokens, dtype=torch.int32, device=device)
+        self._window = torch.full(shape[:2], config.window_tokens, dtype=torch.int32, device=device)
+
+    def select(self, batch: PagedBatch) -> BlockSelection:
+        """See ``Selector.select``."""
+        num_blocks = (batch.seq_lens + self._block_size - 1) // self._block_size
+        first_window_token = (batch.seq_lens - self._config.window_tokens).clamp_(min=0)
+        first_window_block = first_window_token // self._block_size
+        # Blocks that lie between sinks and window; 0 where the two touch or overlap.
+        gap = (first_window_block - self._num_sink_blocks).clamp_(min=0)
+        count = (num_blocks - gap).to(torch.int32)
+        logical = self._steps + torch.where(self._steps >= self._num_sink_blocks, gap[:, None], 0)
+        chosen = torch.where(self._steps < count[:, None], logical, -1)
+        blocks, counts = self._blocks[: batch.num_reqs], self._counts[: batch.num_reqs]
+        blocks.copy_(chosen[:, None, :])
+        counts.copy_(count[:, None])
+        return BlockSelection(blocks, counts)
+
+    def span_rule(self, num_reqs: int) -> SpanRule | None:
+        """See ``Selector.span_rule``."""
+        return SpanRule(self._sink[:num_reqs], self._window[:num_reqs])
+
+    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[str, int]:
+        """See ``Selector.row_reasons``."""
+        budget_tokens = self._config.sink_tokens + self._config.window_tokens
+        num_selected = int((seq_lens_cpu > budget_tokens).sum())
+        return {"selected": num_selected, "everything_kept": len(seq_lens_cpu) - num_selected}
+
+
+def _schedule(config: MethodConfig, num_layers: int) -> LayerSchedule:
+    return LayerSchedule.uniform(LayerRole.SELECTED, num_layers)
+
+
+METHOD = SparseMethod(
+    name="SINK_WINDOW",
+    summary="first S tokens and last W tokens, exact per query",
+    paper="StreamingLLM, arXiv 2309.17453",
+    config_cls=SinkWindowConfig,
+    schedule=_schedule,
+    make_selector=SinkWindowSelector,
+    capabilities=Capabilities(
+        reads="sink_tokens + window_tokens per layer, prefill included",
+        frees="nothing yet (selection only)",
+        limits="cannot recall what lies between sinks and window",
+    ),
+)

@@ -1,0 +1,556 @@
+// CPU kernels of the ops cache_write, paged_attention and sparse_decode.
+//
+// Cache tiles are KEY_TRANSPOSED (kvcache/layout.py): per (block, KV head) a key block
+// [head_size, block_size] followed by a value block [block_size, head_size]. Logits of a
+// whole block then come from contiguous loads, and so does the weighted sum of values.
+//
+// Arithmetic is fp32 whatever the cache holds. Work is cut into pieces whose size depends
+// on the request alone, never on the batch or on the number of threads, and partial
+// results are merged in a fixed order: a row's result does not depend on its neighbours.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional_base.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr int64_t kSplitTokens = 1024;  // tokens per piece of a decode row
+constexpr int64_t kTileRows = 32;       // (query token, head) pairs per prefill tile
+
+inline Vec load(const float* p) { return Vec::loadu(p); }
+inline Vec load(const c10::BFloat16* p) {
+  Vec v;
+  at::vec::load_fp32_from_bf16(p, v);
+  return v;
+}
+inline Vec load(const c10::Half* p) {
+  Vec v;
+  at::vec::load_fp32_from_fp16(p, v);
+  return v;
+}
+
+// logits[row, t] = sum_d query[row, d] * key[d, t] for ROWS rows and COLS vectors of tokens.
+template <typename T, int ROWS, int COLS>
+inline void logits_tile(const float* query, const T* key, int64_t head_size,
+                        int64_t block_size, float* logits, int64_t logits_stride) {
+  Vec acc[ROWS][COLS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLS; ++c) acc[r][c] = Vec(0.f);
+  for (int64_t d = 0; d < head_size; ++d) {
+    Vec k[COLS];
+    for (int c = 0; c < COLS; ++c) k[c] = load(key + d * block_size + c * kLanes);
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec q(query[r * head_size + d]);
+      for (int c = 0; c < COLS; ++c) acc[r][c] = at::vec::fmadd(q, k[c], acc[r][c]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLS; ++c) acc[r][c].store(logits + r * logits_stride + c * kLanes);
+}
+
+// out[row, d] += sum_{t in [first, last)} weights[row, t] * value[t, d].
+template <typename T, int ROWS, int COLS>
+inline void values_tile(const float* weights, int64_t weights_stride, const T* value,
+                        int64_t head_size, int64_t first, int64_t last, float* out) {
+  Vec acc[ROWS][COLS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLS; ++c) acc[r][c] = Vec::loadu(out + r * head_size + c * kLanes);
+  for (int64_t t = first; t < last; ++t) {
+    Vec v[COLS];
+    for (int c = 0; c < COLS; ++c) v[c] = load(value + t * head_size + c * kLanes);
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec w(weights[r * weights_stride + t]);
+      for (int c = 0; c < COLS; ++c) acc[r][c] = at::vec::fmadd(w, v[c], acc[r][c]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLS; ++c) acc[r][c].store(out + r * head_size + c * kLanes);
+}
+
+// Calls f<ROWS, COLS>(row, column) over a rows x columns grid, in register-sized tiles.
+template <typename F>
+inline void for_tiles(int64_t rows, int64_t columns, F&& f) {
+  const auto with_columns = [&](auto rows_tag, int64_t row) {
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= columns; c += 4 * kLanes)
+      f(rows_tag, std::integral_constant<int, 4>{}, row, c);
+    for (; c + 2 * kLanes <= columns; c += 2 * kLanes)
+      f(rows_tag, std::integral_constant<int, 2>{}, row, c);
+    for (; c < columns; c += kLanes) f(rows_tag, std::integral_constant<int, 1>{}, row, c);
+  };
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) with_columns(std::integral_constant<int, 4>{}, row);
+  switch (rows - row) {
+    case 3: with_columns(std::integral_constant<int, 3>{}, row); break;
+    case 2: with_columns(std::integral_constant<int, 2>{}, row); break;
+    case 1: with_columns(std::integral_constant<int, 1>{}, row); break;
+    default: break;
+  }
+}
+
+template <typename T>
+void block_logits(const float* query, int64_t rows, const T* key, int64_t head_size,
+                  int64_t block_size, float* logits) {
+  for_tiles(rows, block_size, [&](auto r_tag, auto c_tag, int64_t row, int64_t column) {
+    logits_tile<T, r_tag(), c_tag()>(query + row * head_size, key + column, head_size,
+                                     block_size, logits + row * block_size + column,
+                                     block_size);
+  });
+}
+
+template <typename T>
+void add_values(const float* weights, int64_t rows, int64_t block_size, const T* value,
+                int64_t head_size, int64_t first, int64_t last, float* out) {
+  if (first >= last) return;
+  for_tiles(rows, head_size, [&](auto r_tag, auto c_tag, int64_t row, int64_t column) {
+    values_tile<T, r_tag(), c_tag()>(weights + row * block_size, block_size, value + column,
+                                     head_size, first, last, out + row * head_size + column);
+  });
+}
+
+// Tokens a query at position p sees: [0, p], minus [sink, p - window] where a rule is given.
+struct Rule {
+  int64_t sink;
+  int64_t window;
+  int64_t gap_begin(int64_t) const { return sink; }
+  int64_t gap_end(int64_t position) const { return position - window + 1; }
+};
+
+struct SoftmaxState {  // one per row
+  float max = kMinusInf;
+  float sum = 0.f;
+};
+
+// Masks one row's logits of a block, updates the running maximum, turns the logits into
+// weights and rescales the row's accumulator. Returns nothing to do when all is hidden.
+inline void softmax_row(float* logits, int64_t block_size, int64_t hidden_begin,
+                        int64_t hidden_end, int64_t visible_end, SoftmaxState& state,
+                        float* out, int64_t head_size) {
+  for (int64_t t = std::max<int64_t>(hidden_begin, 0); t < std::min(hidden_end, block_size); ++t)
+    logits[t] = kMinusInf;
+  for (int64_t t = std::max<int64_t>(visible_end, 0); t < block_size; ++t) logits[t] = kMinusInf;
+  Vec max_vec(kMinusInf);
+  for (int64_t t = 0; t < block_size; t += kLanes)
+    max_vec = at::vec::maximum(max_vec, Vec::loadu(logits + t));
+  const float block_max = at::vec::vec_reduce_all<float>(
+      [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, max_vec);
+  if (block_max == kMinusInf) {  // nothing of this block is visible to this row
+    std::fill(logits, logits + block_size, 0.f);
+    return;
+  }
+  const float new_max = std::max(state.max, block_max);
+  if (new_max != state.max) {
+    const float shrink = state.sum == 0.f ? 0.f : std::exp(state.max - new_max);
+    state.sum *= shrink;
+    const Vec shrink_vec(shrink);
+    for (int64_t d = 0; d < head_size; d += kLanes)
+      (Vec::loadu(out + d) * shrink_vec).store(out + d);
+    state.max = new_max;
+  }
+  const Vec new_max_vec(new_max);
+  Vec sum_vec(0.f);
+  for (int64_t t = 0; t < block_size; t += kLanes) {
+    const Vec weight = (Vec::loadu(logits + t) - new_max_vec).exp_u20();
+    weight.store(logits + t);
+    sum_vec = sum_vec + weight;
+  }
+  state.sum += at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum_vec);
+}
+
+struct Cache {
+  const char* key;
+  const char* value;
+  int64_t block_stride, head_stride;  // elements
+  int64_t block_size, head_size, num_kv_heads;
+};
+
+template <typename T>
+inline const T* tile(const char* base, const Cache& cache, int64_t block, int64_t head) {
+  return reinterpret_cast<const T*>(base) + block * cache.block_stride + head * cache.head_stride;
+}
+
+// A 64-byte-line prefetch of the next tile hides part of the jump between physical blocks.
+template <typename T>
+inline void prefetch_tile(const T* p, int64_t elements) {
+  const char* bytes = reinterpret_cast<const char*>(p);
+  for (int64_t i = 0; i < elements * static_cast<int64_t>(sizeof(T)); i += 64)
+    __builtin_prefetch(bytes + i, 0, 2);
+}
+
+struct DecodeArgs {
+  Cache cache;
+  int64_t group;
+  const int32_t *block_table, *seq_lens, *blocks, *counts, *sink, *window;
+  int64_t table_stride, blocks_row_stride, blocks_head_stride, counts_stride;
+  float scale;
+};
+
+// Attention of one decode row's head group over selected blocks [first, last).
+template <typename T>
+void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head, int64_t first,
+                  int64_t last, float* scratch, SoftmaxState* states, float* out) {
+  const int64_t head_size = a.cache.head_size, block_size = a.cache.block_size;
+  const int64_t position = a.seq_lens[row] - 1;
+  const bool has_rule = a.sink != nullptr;
+  const int64_t rule_index = row * a.cache.num_kv_heads + head;
+  const int64_t gap_begin = has_rule ? a.sink[rule_index] : 0;
+  const int64_t gap_end = has_rule ? position - a.window[rule_index] + 1 : 0;
+  float* logits = scratch;                           // [group, block_size]
+  float* scaled = scratch + a.group * block_size;    // [group, head_size]
+  for (int64_t g = 0; g < a.group; ++g)
+    for (int64_t d = 0; d < head_size; ++d)
+      scaled[g * head_size + d] = static_cast<float>(query[g * head_size + d]) * a.scale;
+  const int32_t* blocks = a.blocks + row * a.blocks_row_stride + head * a.blocks_head_stride;
+  const int32_t* table = a.block_table + row * a.table_stride;
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t base = blocks[i] * block_size, physical = table[blocks[i]];
+    const T* key = tile<T>(a.cache.key, a.cache, physical, head);
+    const T* value = tile<T>(a.cache.value, a.cache, physical, head);
+    if (i + 1 < last)
+      prefetch_tile(tile<T>(a.cache.key, a.cache, table[blocks[i + 1]], head),
+                    head_size * block_size);
+    block_logits(scaled, a.group, key, head_size, block_size, logits);
+    if (i + 1 < last)
+      prefetch_tile(tile<T>(a.cache.value, a.cache, table[blocks[i + 1]], head),
+                    head_size * block_size);
+    const int64_t end = std::min(block_size, position + 1 - base);
+    const int64_t hidden_begin = std::clamp<int64_t>(gap_begin - base, 0, end);
+    const int64_t hidden_end = std::clamp<int64_t>(gap_end - base, hidden_begin, end);
+    for (int64_t g = 0; g < a.group; ++g)
+      softmax_row(logits + g * block_size, block_size, hidden_begin, hidden_end, end, states[g],
+                  out + g * head_size, head_size);
+    // Hidden tokens are not read at all: their memory may hold NaN, and 0 * NaN is NaN.
+    add_values(logits, a.group, block_size, value, head_size, 0, hidden_begin, out);
+    add_values(logits, a.group, block_size, value, head_size, hidden_end, end, out);
+  }
+}
+
+template <typename T>
+void merge_pieces(const float* pieces, int64_t num_pieces, int64_t group, int64_t head_size,
+                  T* out) {
+  const int64_t width = head_size + 2;  // accumulator, maximum, sum
+  std::vector<float> total(head_size);
+  for (int64_t g = 0; g < group; ++g) {
+    float max = kMinusInf, sum = 0.f;
+    for (int64_t p = 0; p < num_pieces; ++p)
+      max = std::max(max, pieces[(p * group + g) * width + head_size]);
+    std::fill(total.begin(), total.end(), 0.f);
+    for (int64_t p = 0; p < num_pieces; ++p) {
+      const float* piece = pieces + (p * group + g) * width;
+      if (piece[head_size + 1] == 0.f) continue;
+      const float weight = std::exp(piece[head_size] - max);
+      sum += weight * piece[head_size + 1];
+      for (int64_t d = 0; d < head_size; ++d) total[d] += weight * piece[d];
+    }
+    const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // no block selected: zeros
+    for (int64_t d = 0; d < head_size; ++d)
+      out[g * head_size + d] = static_cast<T>(total[d] * inverse);
+  }
+}
+
+struct Piece {
+  int32_t row, head;
+  int32_t first, last;  // selected blocks
+};
+
+template <typename T>
+void sparse_decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tensor& out) {
+  const int64_t num_reqs = query.size(0), heads = a.cache.num_kv_heads, group = a.group;
+  const int64_t head_size = a.cache.head_size, width = head_size + 2;
+  const int64_t blocks_per_piece = std::max<int64_t>(1, kSplitTokens / a.cache.block_size);
+  std::vector<Piece> pieces;
+  std::vector<int64_t> first_piece(num_reqs * heads + 1, 0);
+  for (int64_t row = 0; row < num_reqs; ++row)
+    for (int64_t head = 0; head < heads; ++head) {
+      const int32_t count = a.counts[row * a.counts_stride + head];
+      for (int32_t first = 0; first < count; first += blocks_per_piece)
+        pieces.push_back({static_cast<int32_t>(row), static_cast<int32_t>(head), first,
+                          std::min<int32_t>(count, first + blocks_per_piece)});
+      first_piece[row * heads + head + 1] = pieces.size();
+    }
+  std::vector<float> partial(pieces.size() * group * width);
+  const T* query_data = query.const_data_ptr<T>();
+  T* out_data = out.mutable_data_ptr<T>();
+  at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(group * (a.cache.block_size + head_size));
+    std::vector<float> sums(group * head_size);
+    std::vector<SoftmaxState> states(group);
+    for (int64_t i = begin; i < end; ++i) {
+      const Piece& piece = pieces[i];
+      std::fill(sums.begin(), sums.end(), 0.f);
+      std::fill(states.begin(), states.end(), SoftmaxState{});
+      decode_piece<T>(a, query_data + piece.row * query.stride(0) + piece.head * group * head_size,
+                      piece.row, piece.head, piece.first, piece.last, scratch.data(),
+                      states.data(), sums.data());
+      for (int64_t g = 0; g < group; ++g) {
+        float* slot = partial.data() + (i * group + g) * width;
+        std::memcpy(slot, sums.data() + g * head_size, head_size * sizeof(float));
+        slot[head_size] = states[g].max;
+        slot[head_size + 1] = states[g].sum;
+      }
+    }
+  });
+  for (int64_t i = 0; i < num_reqs * heads; ++i)
+    merge_pieces<T>(partial.data() + first_piece[i] * group * width,
+                    first_piece[i + 1] - first_piece[i], group, head_size,
+                    out_data + (i / heads) * out.stride(0) + (i % heads) * group * head_size);
+}
+
+struct PrefillArgs {
+  Cache cache;
+  int64_t group;
+  const int32_t *query_start, *seq_lens, *block_table, *sink, *window;
+  int64_t table_stride;
+  float scale;
+};
+
+struct Tile {
+  int32_t row, head, first, last;  // query tokens [first, last) of the row
+};
+
+struct TileScratch {
+  std::vector<float> query, logits, key, value, out;
+  std::vector<SoftmaxState> states;
+  TileScratch(int64_t rows, int64_t head_size, int64_t block_size)
+      : query(rows * head_size), logits(rows * block_size), key(head_size * block_size),
+        value(head_size * block_size), out(rows * head_size), states(rows) {}
+};
+
+// A tile's rows use one key block many times: widening it once beats widening it per row.
+template <typename T>
+inline const float* widen(const T* from, int64_t elements, std::vector<float>& to) {
+  if constexpr (std::is_same_v<T, float>) return from;
+  for (int64_t i = 0; i < elements; i += kLanes) load(from + i).store(to.data() + i);
+  return to.data();
+}
+
+template <typename T>
+void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t query_stride,
+                  TileScratch& s, T* out, int64_t out_stride) {
+  const int64_t head_size = a.cache.head_size, block_size = a.cache.block_size, group = a.group;
+  const int64_t rows = (t.last - t.first) * group;
+  const int64_t start = a.query_start[t.row];
+  const int64_t query_len = a.query_start[t.row + 1] - start;
+  const int64_t base_position = a.seq_lens[t.row] - query_len;
+  const int64_t first_position = base_position + t.first, last_position = base_position + t.last - 1;
+  const bool has_rule = a.sink != nullptr;
+  const int64_t rule_index = t.row * a.cache.num_kv_heads + t.head;
+  const int64_t sink = has_rule ? a.sink[rule_index] : 0;
+  const int64_t window = has_rule ? a.window[rule_index] : last_position + 1;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = query + (start + t.first + r / group) * query_stride +
+                    (t.head * group + r % group) * head_size;
+    for (int64_t d = 0; d < head_size; ++d)
+      s.query[r * head_size + d] = static_cast<float>(from[d]) * a.scale;
+  }
+  std::fill(s.out.begin(), s.out.end(), 0.f);
+  std::fill(s.states.begin(), s.states.end(), SoftmaxState{});
+  const int32_t* table = a.block_table + t.row * a.table_stride;
+  const int64_t window_begin = std::max<int64_t>(0, first_position - window + 1);
+  for (int64_t block = 0; block <= last_position / block_size; ++block) {
+    const int64_t base = block * block_size;
+    if (base >= sink && base + block_size <= window_begin) {
+      block = window_begin / block_size - 1;  // jump over the gap
+      continue;
+    }
+    const float* key = widen(tile<T>(a.cache.key, a.cache, table[block], t.head),
+                             head_size * block_size, s.key);
+    block_logits(s.query.data(), rows, key, head_size, block_size, s.logits.data());
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t position = first_position + r / group;
+      const int64_t end = std::clamp<int64_t>(position + 1 - base, 0, block_size);
+      const int64_t hidden_begin = std::clamp<int64_t>(sink - base, 0, end);
+      const int64_t hidden_end = std::clamp<int64_t>(position - window + 1 - base, hidden_begin, end);
+      softmax_row(s.logits.data() + r * block_size, block_size, hidden_begin, hidden_end, end,
+                  s.states[r], s.out.data() + r * head_size, head_size);
+    }
+    const float* value = widen(tile<T>(a.cache.value, a.cache, table[block], t.head),
+                               head_size * block_size, s.value);
+    // Only tokens that some row of the tile sees are read (hidden memory may hold NaN).
+    const int64_t end = std::clamp<int64_t>(last_position + 1 - base, 0, block_size);
+    const int64_t gap_begin = std::clamp<int64_t>(sink - base, 0, end);
+    const int64_t gap_end = std::clamp<int64_t>(window_begin - base, gap_begin, end);
+    add_values(s.logits.data(), rows, block_size, value, head_size, 0, gap_begin, s.out.data());
+    add_values(s.logits.data(), rows, block_size, value, head_size, gap_end, end, s.out.data());
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    T* to = out + (start + t.first + r / group) * out_stride +
+            (t.head * group + r % group) * head_size;
+    const float inverse = 1.f / s.states[r].sum;
+    for (int64_t d = 0; d < head_size; ++d)
+      to[d] = static_cast<T>(s.out[r * head_size + d] * inverse);
+  }
+}
+
+template <typename T>
+void paged_attention_typed(const PrefillArgs& a, int64_t num_reqs, const at::Tensor& query,
+                           at::Tensor& out) {
+  const int64_t tokens_per_tile = std::max<int64_t>(1, kTileRows / a.group);
+  std::vector<Tile> tiles;
+  for (int64_t row = 0; row < num_reqs; ++row) {
+    const int32_t query_len = a.query_start[row + 1] - a.query_start[row];
+    for (int64_t head = 0; head < a.cache.num_kv_heads; ++head)
+      for (int32_t first = 0; first < query_len; first += tokens_per_tile)
+        tiles.push_back({static_cast<int32_t>(row), static_cast<int32_t>(head), first,
+                         std::min<int32_t>(query_len, first + tokens_per_tile)});
+  }
+  const T* query_data = query.const_data_ptr<T>();
+  T* out_data = out.mutable_data_ptr<T>();
+  // Causal tiles differ in cost by their position, so threads draw them one by one.
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    TileScratch scratch(tokens_per_tile * a.group, a.cache.head_size, a.cache.block_size);
+    for (int64_t i = next++; i < static_cast<int64_t>(tiles.size()); i = next++)
+      prefill_tile<T>(a, tiles[i], query_data, query.stride(0), scratch, out_data, out.stride(0));
+  });
+}
+
+template <typename U>
+void cache_write_typed(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_cache,
+                       at::Tensor& value_cache, const at::Tensor& slots) {
+  const int64_t heads = key.size(1), head_size = key.size(2), block_size = key_cache.size(2);
+  const int64_t num_tokens = slots.size(0);
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  const U* key_data = static_cast<const U*>(key.const_data_ptr());
+  const U* value_data = static_cast<const U*>(value.const_data_ptr());
+  U* key_out = static_cast<U*>(key_cache.mutable_data_ptr());
+  U* value_out = static_cast<U*>(value_cache.mutable_data_ptr());
+  const int64_t block_stride = key_cache.stride(0), head_stride = key_cache.stride(1);
+  // Head by head: consecutive tokens then write neighbouring elements of one key tile.
+  at::parallel_for(0, heads * num_tokens, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / num_tokens, token = i % num_tokens;
+      if (slot[token] < 0) continue;
+      const int64_t block = slot[token] / block_size, offset = slot[token] % block_size;
+      const int64_t tile_start = block * block_stride + head * head_stride;
+      const U* from = key_data + token * key.stride(0) + head * key.stride(1);
+      U* to = key_out + tile_start + offset;
+      for (int64_t d = 0; d < head_size; ++d) to[d * block_size] = from[d];
+      std::memcpy(value_out + tile_start + offset * head_size,
+                  value_data + token * value.stride(0) + head * value.stride(1),
+                  head_size * sizeof(U));
+    }
+  });
+}
+
+Cache make_cache(const at::Tensor& key_cache, const at::Tensor& value_cache) {
+  const int64_t block_size = key_cache.size(2), head_size = key_cache.size(3);
+  TORCH_CHECK(key_cache.stride(2) == 1 && key_cache.stride(3) == block_size &&
+                  value_cache.stride(2) == head_size && value_cache.stride(3) == 1 &&
+                  key_cache.stride(0) == value_cache.stride(0) &&
+                  key_cache.stride(1) == value_cache.stride(1),
+              "the CPU kernels need KEY_TRANSPOSED cache tiles");
+  TORCH_CHECK(block_size % kLanes == 0 && head_size % kLanes == 0,
+              "block_size and head_size must be multiples of ", kLanes);
+  return {static_cast<const char*>(key_cache.const_data_ptr()),
+          static_cast<const char*>(value_cache.const_data_ptr()),
+          key_cache.stride(0), key_cache.stride(1), block_size, head_size, key_cache.size(1)};
+}
+
+const int32_t* rule_data(const std::optional<at::Tensor>& tensor, int64_t num_kv_heads) {
+  if (!tensor.has_value()) return nullptr;
+  TORCH_CHECK(tensor->is_contiguous() && tensor->size(1) == num_kv_heads,
+              "a rule tensor must be a contiguous [num_reqs, num_kv_heads]");
+  return tensor->const_data_ptr<int32_t>();
+}
+
+void check_rows(const at::Tensor& query, const at::Tensor& out) {
+  TORCH_CHECK(query.stride(2) == 1 && query.stride(1) == query.size(2) && out.stride(2) == 1 &&
+                  out.stride(1) == out.size(2),
+              "query and out must be contiguous per token");
+}
+
+#define DISPATCH_CACHE_DTYPE(dtype, ...)                                    \
+  switch (dtype) {                                                          \
+    case at::kFloat: { using T = float; __VA_ARGS__; break; }               \
+    case at::kBFloat16: { using T = c10::BFloat16; __VA_ARGS__; break; }    \
+    case at::kHalf: { using T = c10::Half; __VA_ARGS__; break; }            \
+    default: TORCH_CHECK(false, "unsupported cache dtype ", dtype);         \
+  }
+
+void sparse_decode(const at::Tensor& query, const at::Tensor& key_cache,
+                   const at::Tensor& value_cache, const at::Tensor& block_table,
+                   const at::Tensor& seq_lens, const at::Tensor& logical_blocks,
+                   const at::Tensor& counts, const std::optional<at::Tensor>& sink_tokens,
+                   const std::optional<at::Tensor>& window_tokens, double scale, at::Tensor out) {
+  const Cache cache = make_cache(key_cache, value_cache);
+  check_rows(query, out);
+  const DecodeArgs args{cache,
+                        query.size(1) / cache.num_kv_heads,
+                        block_table.const_data_ptr<int32_t>(),
+                        seq_lens.const_data_ptr<int32_t>(),
+                        logical_blocks.const_data_ptr<int32_t>(),
+                        counts.const_data_ptr<int32_t>(),
+                        rule_data(sink_tokens, cache.num_kv_heads),
+                        rule_data(window_tokens, cache.num_kv_heads),
+                        block_table.stride(0),
+                        logical_blocks.stride(0),
+                        logical_blocks.stride(1),
+                        counts.stride(0),
+                        static_cast<float>(scale)};
+  DISPATCH_CACHE_DTYPE(key_cache.scalar_type(), sparse_decode_typed<T>(args, query, out));
+}
+
+void paged_attention(const at::Tensor& query, const at::Tensor& key_cache,
+                     const at::Tensor& value_cache, const at::Tensor& query_start_loc,
+                     const at::Tensor& seq_lens, const at::Tensor& block_table,
+                     const std::optional<at::Tensor>& sink_tokens,
+                     const std::optional<at::Tensor>& window_tokens, double scale,
+                     at::Tensor out) {
+  const Cache cache = make_cache(key_cache, value_cache);
+  check_rows(query, out);
+  const PrefillArgs args{cache,
+                         query.size(1) / cache.num_kv_heads,
+                         query_start_loc.const_data_ptr<int32_t>(),
+                         seq_lens.const_data_ptr<int32_t>(),
+                         block_table.const_data_ptr<int32_t>(),
+                         rule_data(sink_tokens, cache.num_kv_heads),
+                         rule_data(window_tokens, cache.num_kv_heads),
+                         block_table.stride(0),
+                         static_cast<float>(scale)};
+  DISPATCH_CACHE_DTYPE(key_cache.scalar_type(),
+                       paged_attention_typed<T>(args, seq_lens.size(0), query, out));
+}
+
+void cache_write(const at::Tensor& key, const at::Tensor& value, at::Tensor key_cache,
+                 at::Tensor value_cache, const at::Tensor& slot_mapping) {
+  make_cache(key_cache, value_cache);
+  TORCH_CHECK(key.scalar_type() == key_cache.scalar_type(), "key and cache dtypes differ");
+  TORCH_CHECK(key.stride(2) == 1 && value.stride(2) == 1, "key and value rows must be contiguous");
+  if (key.element_size() == 2)
+    cache_write_typed<uint16_t>(key, value, key_cache, value_cache, slot_mapping);
+  else
+    cache_write_typed<uint32_t>(key, value, key_cache, value_cache, slot_mapping);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(vllm_ext, m) {
+  m.def("cache_write(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+        "Tensor slot_mapping) -> ()");
+  m.def("paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, "
+        "Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor? sink_tokens, "
+        "Tensor? window_tokens, float scale, Tensor(a!) out) -> ()");
+  m.def("sparse_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, "
+        "Tensor seq_lens, Tensor logical_blocks, Tensor counts, Tensor? sink_tokens, "
+        "Tensor? window_tokens, float scale, Tensor(a!) out) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(vllm_ext, CPU, m) {
+  m.impl("cache_write", &cache_write);
+  m.impl("paged_attention", &paged_attention);
+  m.impl("sparse_decode", &sparse_decode);
+}

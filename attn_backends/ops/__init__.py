@@ -1,0 +1,1 @@
+"""The math: one folder per op, ``api.py`` in front of interchangeable implementations."""

@@ -1,0 +1,1 @@
+"""The ``cache_write`` op; see ``api.py``."""

@@ -1,0 +1,1 @@
+"""Implementations of ``cache_write``, private to its ``api.py``."""

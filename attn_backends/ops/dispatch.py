@@ -1,0 +1,76 @@
+"""Choice of an op's implementation, made once at start-up.
+
+Every implementation module exposes ``run(...)`` and ``unsupported_reason(context)``.
+An explicit request is honoured or refused, never replaced.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from attn_backends.config import ConfigError
+from kvcache.layout import PagedKVLayout
+
+logger = logging.getLogger(__name__)
+
+AUTO_ORDER = {"cpu": ("engine", "cpu", "reference"), "cuda": ("engine", "triton", "reference")}
+
+
+@dataclass(frozen=True)
+class OpContext:
+    """What an implementation needs to know to say whether it can serve."""
+
+    layout: PagedKVLayout
+    num_query_heads: int
+    device_type: str  # "cpu" or "cuda"
+    with_rule: bool  # a SpanRule will be given
+
+
+@dataclass(frozen=True)
+class OpImpl:
+    """One implementation of one op.
+
+    Attributes:
+        op: the op's name.
+        name: ``engine``, ``cpu``, ``triton`` or ``reference``.
+        run: the callable; its signature is the one documented in the op's ``api.py``.
+        unsupported_reason: None when it can serve the context, else a short reason.
+    """
+
+    op: str
+    name: str
+    run: Callable[..., None]
+    unsupported_reason: Callable[[OpContext], str | None]
+
+
+def resolve(impls: Sequence[OpImpl], context: OpContext, requested: str = "auto") -> OpImpl:
+    """The implementation to use.
+
+    Args:
+        impls: all implementations of one op.
+        context: what must be served.
+        requested: an implementation's name, or ``auto``.
+
+    Raises:
+        ConfigError: nothing fits; the message has every implementation's reason.
+    """
+    op = impls[0].op
+    by_name = {impl.name: impl for impl in impls}
+    order = AUTO_ORDER[context.device_type] if requested == "auto" else (requested,)
+    reasons = []
+    for name in order:
+        if name not in by_name:
+            if requested != "auto":
+                reasons.append(f"{name}: no such implementation of {op}")
+            continue
+        reason = by_name[name].unsupported_reason(context)
+        if reason is None:
+            if requested == "auto" and name == "reference":
+                logger.warning(
+                    "%s runs on its slow reference implementation (%s)", op, "; ".join(reasons)
+                )
+            return by_name[name]
+        reasons.append(f"{name}: {reason}")
+    raise ConfigError(f"no implementation of {op} can serve this set-up ({'; '.join(reasons)})")

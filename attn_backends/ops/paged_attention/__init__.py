@@ -1,0 +1,1 @@
+"""The ``paged_attention`` op; see ``api.py``."""

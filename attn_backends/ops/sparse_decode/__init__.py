@@ -1,0 +1,1 @@
+"""The ``sparse_decode`` op; see ``api.py``."""

@@ -1,0 +1,1 @@
+"""Implementations of ``sparse_decode``, private to its ``api.py``."""

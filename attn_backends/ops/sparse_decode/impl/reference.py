@@ -1,0 +1,45 @@
+"""Oracle of ``sparse_decode``: gather the selected blocks, mask, softmax, in fp32."""
+
+from __future__ import annotations
+
+import torch
+
+from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
+from attn_backends.ops.dispatch import OpContext
+
+
+def run(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: PagedBatch,
+    selection: BlockSelection,
+    rule: SpanRule | None,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """See ``api.py``."""
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    group = query.shape[1] // num_kv_heads
+    offsets = torch.arange(block_size, device=query.device)
+    for row in range(batch.num_reqs):
+        seq_len = int(batch.seq_lens[row])
+        for head in range(num_kv_heads):
+            count = int(selection.counts[row, head])
+            logical_blocks = selection.logical_blocks[row, head, :count].long()
+            physical_blocks = batch.block_table[row, logical_blocks].long()
+            tokens = (logical_blocks[:, None] * block_size + offsets).flatten()
+            visible = tokens < seq_len
+            if rule is not None:
+                in_window = tokens > seq_len - 1 - rule.window_tokens[row, head]
+                visible = visible & (in_window | (tokens < rule.sink_tokens[row, head]))
+            keys = key_cache[physical_blocks, head].flatten(0, 1)[visible].float()
+            values = value_cache[physical_blocks, head].flatten(0, 1)[visible].float()
+            heads = slice(head * group, (head + 1) * group)
+            weights = (query[row, heads].float() @ keys.T * scale).softmax(dim=-1)
+            out[row, heads] = (weights @ values).to(out.dtype)
+
+
+def unsupported_reason(context: OpContext) -> str | None:
+    """Works everywhere."""
+    return None

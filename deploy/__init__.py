@@ -1,0 +1,1 @@
+"""Deployment: Ray Serve application, load test, observability. Empty until step 4."""

@@ -1,0 +1,1 @@
+"""Which KV blocks a request keeps, and how a block is laid out in memory."""

@@ -1,0 +1,155 @@
+"""Exactness anchors on the real model, whatever the batching, chunking, cache or preemption.
+
+All in fp32: there, two correct implementations differ by about 1e-5 in a logit and greedy
+tokens are the same; in bf16 the logits themselves tie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.engine import run_engine
+
+pytestmark = pytest.mark.e2e
+
+NEW_TOKENS = 16
+SINK, WINDOW = 40, 200  # neither a multiple of the block size; most prompts exceed their sum
+LOGPROB_TOLERANCE = 2e-3  # fp32, 30 layers, another summation order; typical error 1e-5
+METHODS: dict[str, dict[str, Any]] = {
+    "SPARSE_FULL": {},
+    "SINK_WINDOW": {"sink_tokens": SINK, "window_tokens": WINDOW},
+}
+
+
+def _engine(model_path: str, method: str | None, **options: Any) -> dict[str, Any]:
+    engine = {
+        "model": model_path,
+        "dtype": "float32",
+        "max_model_len": 3200,
+        "kv_cache_memory_bytes": 1200 << 20,
+        "enforce_eager": True,
+        **options,
+    }
+    if method is not None:
+        engine |= {
+            "attention_backend": method,
+            "additional_config": {"vllm_ext": METHODS[method]},
+        }
+    return engine
+
+
+def _tokens(job: list[dict[str, Any]]) -> list[list[int]]:
+    return [answer["tokens"] for answer in job]
+
+
+@pytest.fixture(scope="module")
+def stock(model_path: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Stock vLLM, the extension switched off, every prompt alone."""
+    job = {"prompts": prompts, "together": False, "max_tokens": NEW_TOKENS}
+    answer = run_engine(_engine(model_path, None), [job], {"VLLM_EXT_DISABLE": "1"})
+    return list(answer["jobs"][0])
+
+
+def _masked_reference(
+    model_path: str, prompts: list[list[int]], answers: list[dict[str, Any]]
+) -> list[tuple[list[int], list[float]]]:
+    """Greedy token and its logprob at every generated position, by transformers.
+
+    The generated tokens are forced, so one forward pass per prompt checks all steps; the
+    mask is written out and knows nothing of blocks, chunks or caches.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    results = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer["tokens"][:-1]])
+        row = torch.arange(ids.shape[1])[:, None]
+        column = torch.arange(ids.shape[1])[None, :]
+        visible = (column <= row) & ((column < SINK) | (column > row - WINDOW))
+        mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits[0, len(prompt) - 1 :]
+        best = logits.log_softmax(-1).max(-1)
+        results.append((best.indices.tolist(), best.values.tolist()))
+    return results
+
+
+@pytest.fixture(scope="module", params=list(METHODS))
+def served(
+    request: pytest.FixtureRequest, model_path: str, prompts: list[list[int]]
+) -> tuple[str, dict[str, Any]]:
+    """A method's answers: alone, together, and again with everything in the prefix cache."""
+    alone = {"prompts": prompts, "together": False, "max_tokens": NEW_TOKENS}
+    together = alone | {"together": True}
+    answer = run_engine(_engine(model_path, request.param), [alone, together])
+    return request.param, answer
+
+
+def test_alone_equals_the_reference(
+    served: tuple[str, dict[str, Any]],
+    stock: list[dict[str, Any]],
+    model_path: str,
+    prompts: list[list[int]],
+) -> None:
+    method, answer = served
+    alone = answer["jobs"][0]
+    if method == "SPARSE_FULL":
+        assert _tokens(alone) == _tokens(stock)
+        expected = [reference["logprobs"] for reference in stock]
+    else:
+        reference = _masked_reference(model_path, prompts, alone)
+        assert _tokens(alone) == [tokens for tokens, _ in reference]
+        expected = [logprobs for _, logprobs in reference]
+        pairs = zip(alone, stock, strict=True)
+        changed = sum(abs(a["logprobs"][0] - b["logprobs"][0]) > 0.01 for a, b in pairs)
+        assert changed >= 5, "the window changed almost nothing: is the mask in force?"
+    for got, want in zip(alone, expected, strict=True):
+        assert got["logprobs"] == pytest.approx(want, abs=LOGPROB_TOLERANCE)
+
+
+def test_together_and_prefix_cached_equals_alone(served: tuple[str, dict[str, Any]]) -> None:
+    _, answer = served
+    alone, together = answer["jobs"]  # the second job finds all prompts in the prefix cache
+    assert _tokens(together) == _tokens(alone)
+
+
+def test_every_decode_row_was_sparse(
+    served: tuple[str, dict[str, Any]], prompts: list[list[int]]
+) -> None:
+    method, answer = served
+    assert {key.split("|")[1] for key in answer["rows"]} == {"sparse"}
+    # The first token of an answer comes from prefill; a one-token rest of a prefix-cached
+    # prompt is a decode row too.
+    generated = 2 * len(prompts) * (NEW_TOKENS - 1)
+    assert generated <= sum(answer["rows"].values()) <= generated + len(prompts)
+    assert all(key.startswith(method) for key in answer["rows"])
+
+
+@pytest.mark.parametrize(
+    ("options", "preempts"),
+    [
+        pytest.param({"max_num_batched_tokens": 64, "max_num_seqs": 16}, False, id="chunks-of-64"),
+        pytest.param({"num_gpu_blocks_override": 120}, True, id="tiny-pool"),
+        pytest.param(
+            {"enable_prefix_caching": False, "block_size": 128}, False, id="blocks-of-128"
+        ),
+    ],
+)
+def test_scheduling_does_not_change_answers(
+    served: tuple[str, dict[str, Any]],
+    model_path: str,
+    prompts: list[list[int]],
+    options: dict[str, Any],
+    preempts: bool,
+) -> None:
+    method, answer = served
+    job = {"prompts": prompts, "together": True, "max_tokens": NEW_TOKENS}
+    other = run_engine(_engine(model_path, method, **options), [job])
+    assert _tokens(other["jobs"][0]) == _tokens(answer["jobs"][0])
+    assert (other["preemptions"] > 0) == preempts

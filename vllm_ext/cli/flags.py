@@ -1,0 +1,87 @@
+"""Friendly server flags, derived from the methods' settings.
+
+``--window-tokens 512`` is the same as
+``--additional-config '{"vllm_ext": {"window_tokens": 512}}'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from typing import Any
+
+from attn_backends.config import KERNEL_CHOICES
+from attn_backends.methods import REGISTRY, load_method
+from vllm_ext.errors import UserError
+
+_TYPES = {"int": int, "str": str, "float": float}
+
+
+def setting_fields() -> dict[str, str]:
+    """Type name of every setting that some method has, by its name."""
+    return {
+        field.name: str(field.type)
+        for name in REGISTRY
+        for field in fields(load_method(name).config_cls)
+    }
+
+
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag per setting; absent flags stay out of the namespace."""
+    group = parser.add_argument_group("vllm-ext settings (see `vllm-ext methods`)")
+    for name, type_name in setting_fields().items():
+        flag = "--" + name.replace("_", "-")
+        owners = ", ".join(
+            method
+            for method in REGISTRY
+            if name in {field.name for field in fields(load_method(method).config_cls)}
+        )
+        if type_name == "bool":
+            group.add_argument(
+                flag,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=owners,
+            )
+            continue
+        choices = KERNEL_CHOICES if name == "kernel" else None
+        group.add_argument(
+            flag,
+            type=_TYPES[type_name],
+            default=argparse.SUPPRESS,
+            choices=choices,
+            metavar=None if choices else type_name.upper(),
+            help=owners,
+        )
+
+
+def merge_additional_config(text: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The engine's additional config with our flags merged in.
+
+    Args:
+        text: what the user gave to ``--additional-config``, JSON.
+        settings: flags of ours that were given.
+
+    Raises:
+        UserError: not JSON, or a setting given twice with different values.
+    """
+    try:
+        merged: Any = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"--additional-config is not JSON ({error}): {text!r}") from None
+    if not isinstance(merged, dict):
+        raise UserError(f"--additional-config must be a JSON object, got {text!r}")
+    if not settings:
+        return merged
+    ours = merged.setdefault("vllm_ext", {})
+    if not isinstance(ours, dict):
+        raise UserError(f"vllm_ext in --additional-config must be an object, got {ours!r}")
+    for name, value in settings.items():
+        if ours.get(name, value) != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{name} is given twice: {flag} {value} and {ours[name]!r} in --additional-config"
+            )
+        ours[name] = value
+    return merged

@@ -1,0 +1,254 @@
+"""``vllm-ext serve``: vLLM's own OpenAI-compatible server, with our flags and checks.
+
+Every flag of ``vllm serve`` passes through. It also works with the CPU wheel, whose own
+``vllm`` command crashes on a metadata look-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from attn_backends.config import ConfigError
+from attn_backends.methods import REGISTRY
+from vllm_ext import plugin
+from vllm_ext.cli.flags import add_setting_flags, merge_additional_config
+from vllm_ext.errors import UserError
+
+KV_POOL_SHARE = 0.25  # of the memory available at start; the KV pool is really resident
+KV_POOL_LIMIT_BYTES = 16 << 30
+EPILOG = """
+every flag of `vllm serve` works too; `vllm-ext serve --help=all` lists them all
+
+  vllm-ext serve models/smollm2-135m-instruct --attention-backend SINK_WINDOW --window-tokens 512
+"""
+
+
+def _own_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-ext serve",
+        description="Start an OpenAI-compatible server.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", help="model folder or Hugging Face name")
+    parser.add_argument(
+        "--attention-backend",
+        metavar="NAME",
+        help=f"{', '.join(REGISTRY)}, or any backend of vLLM (default: vLLM's own choice)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="port to bind (8000)")
+    parser.add_argument("--additional-config", metavar="JSON", help=argparse.SUPPRESS)
+    add_setting_flags(parser)
+    return parser
+
+
+def check_model(model: str | None) -> None:
+    """Refuses a path that leads nowhere, before vLLM asks the hub for it.
+
+    Raises:
+        UserError: no model, or a folder that is not there.
+    """
+    if not model:
+        raise UserError(
+            "no model given; `vllm-ext demo-model` prepares one, then: "
+            "vllm-ext serve models/smollm2-135m-instruct"
+        )
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(
+                f"model folder {model} has no config.json; is it a Hugging Face folder?"
+            )
+        return
+    looks_local = model.startswith(("/", "./", "../", "~", "models/")) or model.count("/") > 1
+    if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise UserError(
+            f"model folder {model} does not exist (looked in {Path.cwd()}); "
+            "`vllm-ext demo-model` prepares models/smollm2-135m-instruct"
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuses a port that is taken, before a minute of loading.
+
+    Raises:
+        UserError: the address cannot be bound.
+    """
+    if not 0 < port < 65536:
+        raise UserError(f"--port is {port}; it must be between 1 and 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {host}:{port}: {error.strerror}. If another server runs "
+                f"there, stop it or choose another --port (for example {port + 1})"
+            ) from None
+
+
+def default_kv_pool_bytes(rest: list[str]) -> int | None:
+    """Size of the KV pool on CPU where the user gave none; None elsewhere."""
+    from vllm.platforms import current_platform
+
+    sized_by = (
+        "--kv-cache-memory-bytes",
+        "--kv-cache-memory",
+        "--gpu-memory-utilization",
+        "--num-gpu-blocks-override",
+    )
+    given = [word.split("=")[0].replace("_", "-") for word in rest]
+    if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return None
+    if any(word in sized_by for word in given):
+        return None
+    import psutil
+
+    share = int(psutil.virtual_memory().available * KV_POOL_SHARE)
+    return min(share, KV_POOL_LIMIT_BYTES) >> 20 << 20
+
+
+def vllm_arguments(own: argparse.Namespace, rest: list[str]) -> list[str]:
+    """The argument list for vLLM's parser."""
+    settings = {
+        name: value
+        for name, value in vars(own).items()
+        if name not in ("model", "attention_backend", "host", "port", "additional_config")
+    }
+    argv = [own.model, "--host", own.host, "--port", str(own.port), *rest]
+    if own.attention_backend:
+        argv += ["--attention-backend", own.attention_backend.upper()]
+    merged = merge_additional_config(own.additional_config, settings)
+    if merged:
+        argv += ["--additional-config", json.dumps(merged)]
+    pool_bytes = default_kv_pool_bytes(rest)
+    if pool_bytes is not None:
+        argv += ["--kv-cache-memory-bytes", str(pool_bytes)]
+        print(
+            f"vllm-ext: KV pool {pool_bytes / (1 << 30):.1f} GiB, a quarter of the free memory "
+            "(change it with --kv-cache-memory-bytes)",
+            flush=True,
+        )
+    return argv
+
+
+def _vllm_parser() -> Any:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UserError(_with_suggestions(message, list(self._option_string_actions)))
+
+    return make_arg_parser(Parser(prog="vllm-ext serve", usage="vllm-ext serve MODEL [options]"))
+
+
+def _with_suggestions(message: str, flags: list[str]) -> str:
+    if not message.startswith("unrecognized arguments:"):
+        return f"{message} (see vllm-ext serve --help)"
+    unknown = [word for word in message.split()[2:] if word.startswith("-")]
+    ours = [option for action in _own_parser()._actions for option in action.option_strings]
+    hints = [
+        f"{word}: did you mean {close[0]}?"
+        for word in unknown
+        if (close := difflib.get_close_matches(word.split("=")[0], [*flags, *ours], 1))
+    ]
+    return "; ".join([message, *hints]) + " (see vllm-ext serve --help)"
+
+
+def curl_line(args: Any) -> str:
+    """A command that asks the server a question; the API key stays in the environment."""
+    model = args.served_model_name[0] if args.served_model_name else args.model
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 32,
+        "temperature": 0,
+    }
+    has_key = bool(args.api_key or os.environ.get("VLLM_API_KEY"))
+    auth = ' -H "Authorization: Bearer $VLLM_API_KEY"' if has_key else ""
+    url = f"http://{_reachable(args.host)}:{args.port}/v1/chat/completions"
+    data = shlex.quote(json.dumps(body))
+    return f"curl -s {url} -H 'Content-Type: application/json'{auth} -d {data}"
+
+
+def _reachable(host: str | None) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", None: "127.0.0.1"}.get(host, str(host))
+
+
+def _announce_when_ready(args: Any) -> None:
+    url = f"http://{_reachable(args.host)}:{args.port}/health"
+    while True:
+        time.sleep(0.5)
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                break
+        except (urllib.error.URLError, OSError):
+            continue
+    backend = args.attention_backend
+    name = getattr(backend, "name", backend) or "vLLM's own choice"
+    print(
+        f"\nvllm-ext: ready on http://{_reachable(args.host)}:{args.port} "
+        f"(attention backend: {name}). Try it:\n\n  {curl_line(args)}\n",
+        flush=True,
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The user-facing part of an error that vLLM may have wrapped."""
+    details = getattr(error, "errors", None)  # pydantic's ValidationError
+    if callable(details):
+        return "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in details())
+    return str(error)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the server until it is stopped.
+
+    Raises:
+        UserError: bad input; one line says what would work.
+    """
+    if any(word.startswith("--help=") for word in argv):
+        _vllm_parser().parse_args(argv)
+    own, rest = _own_parser().parse_known_args(argv)
+    if plugin.disabled() and (own.attention_backend or "").upper() in REGISTRY:
+        raise UserError(f"{own.attention_backend} was asked for, but {plugin.DISABLE_ENV} is set")
+    try:
+        plugin.require_supported_vllm()
+    except plugin.UnsupportedVersion as error:
+        raise UserError(str(error)) from None
+    check_model(own.model)
+    check_port(own.host, own.port)
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+
+    args = _vllm_parser().parse_args(vllm_arguments(own, rest))
+    args.model = args.model_tag or args.model
+    try:
+        validate_parsed_serve_args(args)
+        if not args.headless:
+            threading.Thread(target=_announce_when_ready, args=(args,), daemon=True).start()
+        ServeSubcommand.cmd(args)
+    except (ConfigError, ValueError, TypeError) as error:
+        raise UserError(_reason(error)) from None
+    except (RuntimeError, OSError) as error:
+        print(f"\nvllm-ext serve: the engine did not start: {error}", file=sys.stderr)
+        print("The first error above this line is the cause.", file=sys.stderr)
+        return 1
+    return 0

