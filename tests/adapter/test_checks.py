@@ -1,0 +1,99 @@
+"""Fail closed: each combination that no method serves is named."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from attn_backends.adapter.checks import check_method, refuse, unsupported_reasons
+from attn_backends.config import ConfigError
+from attn_backends.methods import load_method
+from attn_backends.methods.sink_window import SinkWindowConfig
+
+
+def _vllm_config(
+    text: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    cache: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
+    parallel: dict[str, Any] | None = None,
+) -> Any:
+    model_config = {
+        "hf_text_config": SimpleNamespace(**(text or {})),
+        "architectures": ["LlamaForCausalLM"],
+        "use_mla": False,
+        "is_encoder_decoder": False,
+        "runner_type": "generate",
+        "is_hybrid": False,
+        "is_attention_free": False,
+        "is_mm_prefix_lm": False,
+        "rswa_window": None,
+        "dtype": torch.bfloat16,
+        "get_sliding_window": lambda: None,
+        "get_head_size": lambda: 64,
+    } | (model or {})
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**model_config),
+        cache_config=SimpleNamespace(**({"cache_dtype": "auto", "block_size": 32} | (cache or {}))),
+        parallel_config=SimpleNamespace(
+            **(
+                {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+                | (parallel or {})
+            )
+        ),
+        attention_config=SimpleNamespace(use_non_causal=False),
+        **({"speculative_config": None, "kv_transfer_config": None} | (engine or {})),
+    )
+
+
+def test_an_ordinary_model_has_no_reasons() -> None:
+    assert unsupported_reasons(_vllm_config(), "cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"use_mla": True}}, "MLA"),
+        ({"model": {"is_encoder_decoder": True}}, "cross-attention"),
+        ({"model": {"runner_type": "pooling"}}, "pooling"),
+        ({"model": {"get_sliding_window": lambda: 4096}}, "sliding-window layers of the model"),
+        ({"text": {"layer_types": ["full_attention", "sliding_attention"]}}, "sliding-window"),
+        ({"text": {"attention_chunk_size": 8192}}, "chunked local"),
+        ({"text": {"alibi": True}}, "ALiBi"),
+        ({"text": {"position_embedding_type": "alibi"}}, "ALiBi"),
+        ({"text": {"architectures": ["BloomForCausalLM"]}}, "ALiBi"),
+        ({"text": {"attn_logit_softcapping": 50.0}}, "soft-capping"),
+        ({"model": {"architectures": ["GptOssForCausalLM"]}}, "learned attention sinks"),
+        ({"model": {"is_hybrid": True}}, "hybrid"),
+        ({"model": {"is_mm_prefix_lm": True}}, "multimodal"),
+        ({"model": {"get_head_size": lambda: 72}}, "head size 72"),
+        ({"model": {"dtype": torch.float64}}, "float64"),
+        ({"cache": {"cache_dtype": "fp8"}}, "--kv-cache-dtype fp8"),
+        ({"cache": {"block_size": 16}}, "--block-size 16 (use a multiple of 32)"),
+        ({"engine": {"speculative_config": object()}}, "speculative"),
+        ({"engine": {"kv_transfer_config": object()}}, "KV transfer"),
+        ({"parallel": {"decode_context_parallel_size": 2}}, "decode context parallelism"),
+    ],
+)
+def test_each_unsupported_combination_is_named(change: dict[str, Any], words: str) -> None:
+    reasons = unsupported_reasons(_vllm_config(**change), "cpu")
+    assert len(reasons) == 1
+    assert words in reasons[0]
+
+
+def test_gpu_takes_blocks_of_16() -> None:
+    assert unsupported_reasons(_vllm_config(cache={"block_size": 16}), "cuda") == []
+
+
+def test_the_refusal_says_what_to_do() -> None:
+    message = str(refuse(load_method("SINK_WINDOW"), ["ALiBi"]))
+    assert "SINK_WINDOW does not support ALiBi" in message
+    assert "--no-strict" in message
+
+
+def test_a_window_below_the_block_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match="window_tokens is 64, less than one KV block of 128"):
+        check_method(SinkWindowConfig(window_tokens=64), 128)
