@@ -3,6 +3,8 @@ BACKEND ?= SPARSE_FULL
 PORT ?= 8000
 MODEL ?= models/smollm2-135m-instruct
 ARGS ?=
+# Eager: ready in half a minute. `make serve COMPILE=1` compiles for two minutes first, once.
+COMPILE ?=
 
 .PHONY: help setup serve test check test-slow
 
@@ -18,7 +20,8 @@ setup:
 	@bash scripts/setup.sh
 
 serve: setup
-	@.venv/bin/vllm-ext serve $(MODEL) --attention-backend $(BACKEND) --port $(PORT) $(ARGS)
+	@.venv/bin/vllm-ext serve $(MODEL) --attention-backend $(BACKEND) --port $(PORT) \
+		$(if $(COMPILE),,--enforce-eager) $(ARGS)
 
 test: check
 	.venv/bin/python -m pytest
