@@ -56,7 +56,9 @@ class Server:
 @pytest.fixture(scope="module")
 def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port, log = _free_port(), tmp_path_factory.mktemp("server") / "log.txt"
-    argv = [*COMMAND, model_path, "--attention-backend", "sink_window", "--window-tokens", "128"]
+    # vLLM's flags may stand before the model.
+    argv = [*COMMAND, "--max-num-seqs", "8", model_path, "--attention-backend", "sink_window"]
+    argv += ["--window-tokens", "128"]
     argv += ["--sink-tokens", "32", "--port", str(port), "--enforce-eager", "--api-key", KEY]
     argv += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(200 << 20)]
     with log.open("wb") as output:

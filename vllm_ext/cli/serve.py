@@ -40,12 +40,12 @@ every flag of `vllm serve` works too; `vllm-ext serve --help=all` lists them all
 def _own_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-ext serve",
-        description="Start an OpenAI-compatible server.",
+        usage="vllm-ext serve MODEL [options]",
+        description="Start an OpenAI-compatible server on a model folder or Hugging Face name.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", nargs="?", help="model folder or Hugging Face name")
     parser.add_argument(
         "--attention-backend",
         metavar="NAME",
@@ -147,14 +147,15 @@ def check_settings(backend: str, settings: dict[str, Any] | None) -> None:
     parse_config(load_method(backend).config_cls, settings, backend)
 
 
-def vllm_arguments(own: argparse.Namespace, rest: list[str]) -> list[str]:
+def vllm_arguments(model: str | None, own: argparse.Namespace, rest: list[str]) -> list[str]:
     """The argument list for vLLM's parser."""
     settings = {
         name: value
         for name, value in vars(own).items()
-        if name not in ("model", "attention_backend", "host", "port", "additional_config")
+        if name not in ("attention_backend", "host", "port", "additional_config")
     }
-    argv = [own.model, "--host", own.host, "--port", str(own.port), *rest]
+    argv = [model] if model else []
+    argv += ["--host", own.host, "--port", str(own.port), *rest]
     backend = (own.attention_backend or "").upper()
     if backend:
         argv += ["--attention-backend", backend]
@@ -251,20 +252,30 @@ def main(argv: list[str]) -> int:
     """
     if any(word.startswith("--help=") for word in argv):
         _vllm_parser().parse_args(argv)
-    own, rest = _own_parser().parse_known_args(argv)
+    # Only a leading word is surely the model: a later one may be the value of a vLLM flag.
+    model, options = (argv[0], argv[1:]) if argv and argv[0][:1] != "-" else (None, argv)
+    own, rest = _own_parser().parse_known_args(options)
     if plugin.disabled() and (own.attention_backend or "").upper() in REGISTRY:
         raise UserError(f"{own.attention_backend} was asked for, but {plugin.DISABLE_ENV} is set")
     try:
         plugin.require_supported_vllm()
     except plugin.UnsupportedVersion as error:
         raise UserError(str(error)) from None
-    check_model(own.model)
+    if model or not any(word[:1] != "-" for word in rest):
+        check_model(model)
     check_port(own.host, own.port)
+    return _run(vllm_arguments(model, own, rest))
+
+
+def _run(argv: list[str]) -> int:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
-    args = _vllm_parser().parse_args(vllm_arguments(own, rest))
+    args = _vllm_parser().parse_args(argv)
+    if args.model_tag is None and not {"--model", "--config"} & {a.split("=")[0] for a in argv}:
+        check_model(None)
     args.model = args.model_tag or args.model
+    check_model(args.model)
     try:
         validate_parsed_serve_args(args)
         if not args.headless:
