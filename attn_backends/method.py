@@ -10,7 +10,7 @@ import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
 from attn_backends.config import MethodConfig
-from attn_backends.plan import LayerSchedule
+from attn_backends.plan import AnchorState, LayerSchedule
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,12 @@ class Geometry:
 
     num_layers: int
     num_kv_heads: int
+    num_query_heads: int
+    head_size: int
     block_size: int
     max_num_reqs: int
     max_model_len: int
+    model_path: str = ""  # folder or hub name, for finding a shipped profile
 
 
 class Selector(Protocol):
@@ -30,16 +33,22 @@ class Selector(Protocol):
     def select(self, batch: PagedBatch) -> BlockSelection:
         """Selection for decode rows, once per step, without host synchronisation.
 
-        The returned tensors are views of persistent buffers, valid until the next call.
+        The returned tensors are views of persistent buffers, valid until the next call. Where
+        ``anchor_state`` gives one, anchor layers fill them, and their content is undefined
+        until the first anchor has run.
         """
+        ...
+
+    def anchor_state(self, batch: PagedBatch) -> AnchorState | None:
+        """What anchor layers need, or None for methods without anchors."""
         ...
 
     def span_rule(self, num_reqs: int) -> SpanRule | None:
         """Token rule for ``num_reqs`` rows, or None where all tokens of a block count."""
         ...
 
-    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[str, int]:
-        """How many decode rows are served for which reason (a metrics label).
+    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[tuple[str, str], int]:
+        """How many decode rows go which way, by (path, reason), the labels of the metric.
 
         Args:
             seq_lens_cpu: ``[num_reqs]`` on the host.
@@ -65,7 +74,7 @@ class SparseMethod:
         summary: one line for tables.
         paper: source.
         config_cls: frozen dataclass of the method's settings.
-        schedule: ``(config, num_layers) -> LayerSchedule``.
+        schedule: ``(config, geometry) -> LayerSchedule``.
         make_selector: ``(config, geometry, device) -> Selector``.
         capabilities: what it reads and frees, and where it does not work.
     """
@@ -74,6 +83,6 @@ class SparseMethod:
     summary: str
     paper: str
     config_cls: type[MethodConfig]
-    schedule: Callable[[MethodConfig, int], LayerSchedule]
+    schedule: Callable[..., LayerSchedule]
     make_selector: Callable[..., Selector]
     capabilities: Capabilities

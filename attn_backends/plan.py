@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+
+import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
 
@@ -14,27 +16,50 @@ class LayerRole(Enum):
     DENSE = "dense"
     """Reads every kept block through ``paged_attention``."""
     SELECTED = "selected"
-    """Reads the plan's selection through ``sparse_decode``."""
+    """Reads a selection that the builder computed, through ``sparse_decode``."""
+    ANCHOR = "anchor"
+    """Reads everything and selects blocks for the layers after it (``anchor_decode``)."""
+    REUSE = "reuse"
+    """Reads the last anchor's selection, through its head map."""
 
 
 @dataclass(frozen=True)
 class LayerSchedule:
     """One role per attention layer, by layer index.
 
+    Attributes:
+        roles: the role of each layer.
+        head_maps: for REUSE layers whose KV heads do not follow the anchor's head of the same
+            index: the anchor's KV head that each KV head follows.
+
     Raises:
-        ValueError: no layers.
+        ValueError: no layers, or a REUSE layer without an anchor before it.
     """
 
     roles: tuple[LayerRole, ...]
+    head_maps: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.roles:
             raise ValueError("LayerSchedule.roles must name at least one layer")
+        for layer, role in enumerate(self.roles):
+            if role is LayerRole.REUSE and LayerRole.ANCHOR not in self.roles[:layer]:
+                raise ValueError(f"layer {layer} reuses a selection, but no anchor is before it")
 
     @classmethod
     def uniform(cls, role: LayerRole, num_layers: int) -> LayerSchedule:
         """The same role in every layer."""
         return cls((role,) * num_layers)
+
+
+@dataclass(frozen=True)
+class AnchorState:
+    """What anchor layers need to fill the plan's selection; views of persistent buffers."""
+
+    block_mass: torch.Tensor  # [num_reqs, num_kv_heads, max_blocks] fp32
+    budget_blocks: torch.Tensor  # [num_reqs] int32
+    sink_blocks: int
+    recent_blocks: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +74,9 @@ class DecodePlan:
     num_decode_tokens: int
     decode: PagedBatch | None
     prefill: PagedBatch | None
-    selection: BlockSelection | None  # of the decode rows
+    selection: BlockSelection | None  # of the decode rows; written by anchors where there are any
+    anchor: AnchorState | None
     decode_rule: SpanRule | None
     prefill_rule: SpanRule | None
     roles: dict[str, LayerRole]  # by the engine's layer name
+    head_maps: dict[str, torch.Tensor]  # of REUSE layers that need one: [num_kv_heads] int64

@@ -40,14 +40,13 @@ class RowCounters:
             self._counter_file = MmapedDict(str(folder / f"counter_vllmext-{pid}.db"))
             self._gauge_file = MmapedDict(str(folder / f"gauge_mostrecent_vllmext-{pid}.db"))
 
-    def add(self, path: str, reasons: dict[str, int]) -> None:
+    def add(self, rows: dict[tuple[str, str], int]) -> None:
         """Counts rows of this step.
 
         Args:
-            path: ``sparse`` or ``dense``.
-            reasons: number of rows by reason.
+            rows: number of rows by (path, reason); the path is ``sparse`` or ``dense``.
         """
-        for reason, num_rows in reasons.items():
+        for (path, reason), num_rows in rows.items():
             if not num_rows:
                 continue
             total = self._rows[path, reason] = self._rows.get((path, reason), 0) + num_rows

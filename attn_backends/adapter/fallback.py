@@ -47,7 +47,7 @@ def _counting_builder(stock_builder: Any, method_name: str) -> Any:
         ) -> Any:
             starts = common_attn_metadata.query_start_loc_cpu
             num_decodes = int(((starts[1:] - starts[:-1]) == 1).sum())
-            self._row_counters.add("dense", {REASON: num_decodes})
+            self._row_counters.add({("dense", REASON): num_decodes})
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
     return CountingBuilder

@@ -8,7 +8,8 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from attn_backends.adapter.metadata import ExtMetadata
-from attn_backends.adapter.ops import ORDER_OF_DEVICE, resolve_ops
+from attn_backends.adapter.ops import ORDER_OF_DEVICE, Ops, resolve_ops
+from attn_backends.batch import BlockSelection
 from attn_backends.config import ConfigError
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.plan import DecodePlan, LayerRole
@@ -115,12 +116,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         views = self._cache_views(kv_cache)
         if plan.decode is not None:
             rows = slice(0, plan.num_decode_tokens)
-            if plan.roles[layer.layer_name] is LayerRole.DENSE:
-                ops.paged_attention.run(
-                    query[rows], *views, plan.decode, None, self.scale, output[rows]
-                )
-            else:
-                self._decode(plan, ops.sparse_decode, query[rows], views, output[rows])
+            self._decode(layer.layer_name, plan, ops, query[rows], views, output[rows])
         if plan.prefill is not None:
             rows = slice(plan.num_decode_tokens, plan.num_tokens)
             ops.paged_attention.run(
@@ -130,15 +126,40 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
 
     def _decode(
         self,
+        layer_name: str,
         plan: DecodePlan,
-        sparse_decode: OpImpl,
+        ops: Ops,
         query: torch.Tensor,
         views: tuple[torch.Tensor, torch.Tensor],
         out: torch.Tensor,
     ) -> None:
-        sparse_decode.run(
-            query, *views, plan.decode, plan.selection, plan.decode_rule, self.scale, out
-        )
+        role = plan.roles[layer_name]
+        decode, selection = plan.decode, plan.selection
+        if role is LayerRole.DENSE:
+            ops.anchor_decode.run(query, *views, decode, self.scale, out, None)
+            return
+        assert selection is not None
+        anchor = plan.anchor
+        if role is LayerRole.ANCHOR:
+            assert anchor is not None
+            assert decode is not None
+            ops.anchor_decode.run(query, *views, decode, self.scale, out, anchor.block_mass)
+            ops.block_topk.run(
+                anchor.block_mass,
+                decode.seq_lens,
+                views[0].shape[2],
+                anchor.budget_blocks,
+                anchor.sink_blocks,
+                anchor.recent_blocks,
+                selection,
+            )
+            return
+        head_map = plan.head_maps.get(layer_name)
+        if head_map is not None:
+            selection = BlockSelection(
+                selection.logical_blocks[:, head_map], selection.counts[:, head_map]
+            )
+        ops.sparse_decode.run(query, *views, decode, selection, plan.decode_rule, self.scale, out)
 
 
 def _configured_kernel() -> str:

@@ -25,7 +25,7 @@ from attn_backends.batch import PagedBatch
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry, SparseMethod
 from attn_backends.ops.dispatch import OpContext
-from attn_backends.plan import DecodePlan, LayerRole
+from attn_backends.plan import DecodePlan
 from kvcache.layout import PagedKVLayout
 
 if TYPE_CHECKING:
@@ -68,20 +68,29 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         if config.strict:
             _require_our_layers(layers, method)
         num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-        schedule = method.schedule(config, num_layers)
-        self._roles = {name: _role(schedule.roles, name) for name in layer_names}
         geometry = Geometry(
             num_layers=num_layers,
             num_kv_heads=kv_cache_spec.num_kv_heads,
+            num_query_heads=layers[layer_names[0]].num_heads,
+            head_size=kv_cache_spec.head_size,
             block_size=kv_cache_spec.block_size,
             max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
             max_model_len=vllm_config.model_config.max_model_len,
+            model_path=vllm_config.model_config.model,
         )
+        schedule = method.schedule(config, geometry)
+        indices = {name: extract_layer_index(name) for name in layer_names}
+        self._roles = {name: schedule.roles[index] for name, index in indices.items()}
+        self._head_maps = {
+            name: torch.tensor(schedule.head_maps[index], device=device)
+            for name, index in indices.items()
+            if index in schedule.head_maps
+        }
         self._selector = method.make_selector(config, geometry, device)
         self._ops = resolve_ops(
             op_context(
                 kv_cache_spec,
-                layers[layer_names[0]].num_heads,
+                geometry.num_query_heads,
                 device,
                 with_rule=self._selector.span_rule(1) is not None,
             ),
@@ -92,13 +101,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         is_counting = parallel.rank % parallel.tensor_parallel_size == 0
         self._counters = RowCounters(method.name) if is_counting else None
         logger.info(
-            "%s: block %d tokens; cache_write=%s paged_attention=%s sparse_decode=%s; %s",
-            method.name,
-            geometry.block_size,
-            self._ops.cache_write.name,
-            self._ops.paged_attention.name,
-            self._ops.sparse_decode.name,
-            config,
+            "%s: block %d tokens; %s; %s", method.name, geometry.block_size, self._ops, config
         )
 
     def build(
@@ -119,10 +122,11 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
         )
-        decode = prefill = selection = decode_rule = prefill_rule = None
+        decode = prefill = selection = anchor = decode_rule = prefill_rule = None
         if num_decodes:
             decode = batch.rows(0, num_decodes, 0, num_decode_tokens)
             selection = self._selector.select(decode)
+            anchor = self._selector.anchor_state(decode)
             decode_rule = self._selector.span_rule(num_decodes)
             self._count(common, num_decodes)
         if num_prefills:
@@ -134,9 +138,11 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             decode=decode,
             prefill=prefill,
             selection=selection,
+            anchor=anchor,
             decode_rule=decode_rule,
             prefill_rule=prefill_rule,
             roles=self._roles,
+            head_maps=self._head_maps,
         )
         return ExtMetadata(plan, self._ops)
 
@@ -145,9 +151,9 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             return
         seq_lens_cpu = common.seq_lens_cpu_upper_bound
         if seq_lens_cpu is None:
-            self._counters.add("sparse", {"selected": num_decodes})
+            self._counters.add({("sparse", "unknown_length"): num_decodes})
         else:
-            self._counters.add("sparse", self._selector.row_reasons(seq_lens_cpu[:num_decodes]))
+            self._counters.add(self._selector.row_reasons(seq_lens_cpu[:num_decodes]))
 
 
 def op_context(
@@ -163,10 +169,6 @@ def op_context(
         order=ORDER_OF_DEVICE[device.type],
     )
     return OpContext(layout, num_query_heads, device.type, with_rule)
-
-
-def _role(roles: tuple[LayerRole, ...], layer_name: str) -> LayerRole:
-    return roles[extract_layer_index(layer_name)]
 
 
 def _require_our_layers(layers: dict[str, Attention], method: SparseMethod) -> None:

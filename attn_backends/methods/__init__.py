@@ -9,6 +9,7 @@ from attn_backends.method import SparseMethod
 REGISTRY: dict[str, str] = {
     "SPARSE_FULL": "attn_backends.methods.sparse_full:METHOD",
     "SINK_WINDOW": "attn_backends.methods.sink_window:METHOD",
+    "TIDAL_DECODE": "attn_backends.methods.tidal_decode:METHOD",
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
 from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod
-from attn_backends.plan import LayerRole, LayerSchedule
+from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,24 @@ class SinkWindowSelector:
         counts.copy_(count[:, None])
         return BlockSelection(blocks, counts)
 
+    def anchor_state(self, batch: PagedBatch) -> AnchorState | None:
+        """See ``Selector.anchor_state``: no anchors."""
+        return None
+
     def span_rule(self, num_reqs: int) -> SpanRule | None:
         """See ``Selector.span_rule``."""
         return SpanRule(self._sink[:num_reqs], self._window[:num_reqs])
 
-    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[str, int]:
+    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[tuple[str, str], int]:
         """See ``Selector.row_reasons``."""
         budget_tokens = self._config.sink_tokens + self._config.window_tokens
         num_selected = int((seq_lens_cpu > budget_tokens).sum())
-        return {"selected": num_selected, "everything_kept": len(seq_lens_cpu) - num_selected}
+        num_kept = len(seq_lens_cpu) - num_selected
+        return {("sparse", "selected"): num_selected, ("sparse", "everything_kept"): num_kept}
 
 
-def _schedule(config: MethodConfig, num_layers: int) -> LayerSchedule:
-    return LayerSchedule.uniform(LayerRole.SELECTED, num_layers)
+def _schedule(config: MethodConfig, geometry: Geometry) -> LayerSchedule:
+    return LayerSchedule.uniform(LayerRole.SELECTED, geometry.num_layers)
 
 
 METHOD = SparseMethod(

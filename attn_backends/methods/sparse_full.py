@@ -12,7 +12,7 @@ import torch
 from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
 from attn_backends.config import MethodConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod
-from attn_backends.plan import LayerRole, LayerSchedule
+from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
 
 
 class FullSelector:
@@ -38,17 +38,21 @@ class FullSelector:
         blocks.copy_(chosen)
         return BlockSelection(blocks, counts)
 
+    def anchor_state(self, batch: PagedBatch) -> AnchorState | None:
+        """See ``Selector.anchor_state``: no anchors."""
+        return None
+
     def span_rule(self, num_reqs: int) -> SpanRule | None:
         """See ``Selector.span_rule``: all tokens count."""
         return None
 
-    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[str, int]:
+    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[tuple[str, str], int]:
         """See ``Selector.row_reasons``."""
-        return {"everything_kept": len(seq_lens_cpu)}
+        return {("sparse", "everything_kept"): len(seq_lens_cpu)}
 
 
-def _schedule(config: MethodConfig, num_layers: int) -> LayerSchedule:
-    return LayerSchedule.uniform(LayerRole.SELECTED, num_layers)
+def _schedule(config: MethodConfig, geometry: Geometry) -> LayerSchedule:
+    return LayerSchedule.uniform(LayerRole.SELECTED, geometry.num_layers)
 
 
 METHOD = SparseMethod(

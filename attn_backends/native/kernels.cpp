@@ -1,4 +1,5 @@
-// CPU kernels of the ops cache_write, paged_attention and sparse_decode.
+// CPU kernels of the ops cache_write, paged_attention, sparse_decode, anchor_decode and
+// block_topk.
 //
 // Cache tiles are KEY_TRANSPOSED (kvcache/layout.py): per (block, KV head) a key block
 // [head_size, block_size] followed by a value block [block_size, head_size]. Logits of a
@@ -12,7 +13,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional_base.h>
 #include <ATen/cpu/vec/vec.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/max.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -135,8 +136,9 @@ struct SoftmaxState {  // one per row
 };
 
 // Masks one row's logits of a block, updates the running maximum, turns the logits into
-// weights and rescales the row's accumulator. Returns nothing to do when all is hidden.
-inline void softmax_row(float* logits, int64_t block_size, int64_t hidden_begin,
+// weights and rescales the row's accumulator. Returns the sum of the block's weights, relative
+// to the new maximum; 0 when all is hidden.
+inline float softmax_row(float* logits, int64_t block_size, int64_t hidden_begin,
                         int64_t hidden_end, int64_t visible_end, SoftmaxState& state,
                         float* out, int64_t head_size) {
   for (int64_t t = std::max<int64_t>(hidden_begin, 0); t < std::min(hidden_end, block_size); ++t)
@@ -149,7 +151,7 @@ inline void softmax_row(float* logits, int64_t block_size, int64_t hidden_begin,
       [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, max_vec);
   if (block_max == kMinusInf) {  // nothing of this block is visible to this row
     std::fill(logits, logits + block_size, 0.f);
-    return;
+    return 0.f;
   }
   const float new_max = std::max(state.max, block_max);
   if (new_max != state.max) {
@@ -167,7 +169,10 @@ inline void softmax_row(float* logits, int64_t block_size, int64_t hidden_begin,
     weight.store(logits + t);
     sum_vec = sum_vec + weight;
   }
-  state.sum += at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum_vec);
+  const float block_sum =
+      at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum_vec);
+  state.sum += block_sum;
+  return block_sum;
 }
 
 struct Cache {
@@ -193,15 +198,19 @@ inline void prefetch_tile(const T* p, int64_t elements) {
 struct DecodeArgs {
   Cache cache;
   int64_t group;
-  const int32_t *block_table, *seq_lens, *blocks, *counts, *sink, *window;
+  const int32_t *block_table, *seq_lens;
+  const int32_t *blocks, *counts;  // null: every block of the row
+  const int32_t *sink, *window;    // null: no rule
   int64_t table_stride, blocks_row_stride, blocks_head_stride, counts_stride;
   float scale;
 };
 
-// Attention of one decode row's head group over selected blocks [first, last).
+// Attention of one decode row's head group over selected blocks [first, last). Where
+// block_lse is given, block i's log-sum-exp of head g goes to block_lse[g * lse_stride + i].
 template <typename T>
 void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head, int64_t first,
-                  int64_t last, float* scratch, SoftmaxState* states, float* out) {
+                  int64_t last, float* scratch, SoftmaxState* states, float* out,
+                  float* block_lse, int64_t lse_stride) {
   const int64_t head_size = a.cache.head_size, block_size = a.cache.block_size;
   const int64_t position = a.seq_lens[row] - 1;
   const bool has_rule = a.sink != nullptr;
@@ -213,34 +222,39 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
   for (int64_t g = 0; g < a.group; ++g)
     for (int64_t d = 0; d < head_size; ++d)
       scaled[g * head_size + d] = static_cast<float>(query[g * head_size + d]) * a.scale;
-  const int32_t* blocks = a.blocks + row * a.blocks_row_stride + head * a.blocks_head_stride;
+  const int32_t* blocks =
+      a.blocks ? a.blocks + row * a.blocks_row_stride + head * a.blocks_head_stride : nullptr;
   const int32_t* table = a.block_table + row * a.table_stride;
+  const auto logical = [blocks](int64_t i) { return blocks ? blocks[i] : i; };
   for (int64_t i = first; i < last; ++i) {
-    const int64_t base = blocks[i] * block_size, physical = table[blocks[i]];
+    const int64_t base = logical(i) * block_size, physical = table[logical(i)];
     const T* key = tile<T>(a.cache.key, a.cache, physical, head);
     const T* value = tile<T>(a.cache.value, a.cache, physical, head);
     if (i + 1 < last)
-      prefetch_tile(tile<T>(a.cache.key, a.cache, table[blocks[i + 1]], head),
+      prefetch_tile(tile<T>(a.cache.key, a.cache, table[logical(i + 1)], head),
                     head_size * block_size);
     block_logits(scaled, a.group, key, head_size, block_size, logits);
     if (i + 1 < last)
-      prefetch_tile(tile<T>(a.cache.value, a.cache, table[blocks[i + 1]], head),
+      prefetch_tile(tile<T>(a.cache.value, a.cache, table[logical(i + 1)], head),
                     head_size * block_size);
     const int64_t end = std::min(block_size, position + 1 - base);
     const int64_t hidden_begin = std::clamp<int64_t>(gap_begin - base, 0, end);
     const int64_t hidden_end = std::clamp<int64_t>(gap_end - base, hidden_begin, end);
-    for (int64_t g = 0; g < a.group; ++g)
-      softmax_row(logits + g * block_size, block_size, hidden_begin, hidden_end, end, states[g],
-                  out + g * head_size, head_size);
+    for (int64_t g = 0; g < a.group; ++g) {
+      const float sum = softmax_row(logits + g * block_size, block_size, hidden_begin, hidden_end,
+                                    end, states[g], out + g * head_size, head_size);
+      if (block_lse) block_lse[g * lse_stride + i] = states[g].max + std::log(sum);
+    }
     // Hidden tokens are not read at all: their memory may hold NaN, and 0 * NaN is NaN.
     add_values(logits, a.group, block_size, value, head_size, 0, hidden_begin, out);
     add_values(logits, a.group, block_size, value, head_size, hidden_end, end, out);
   }
 }
 
+// Merges a row's pieces; where lse is given, head g's log-sum-exp over them goes to lse[g].
 template <typename T>
 void merge_pieces(const float* pieces, int64_t num_pieces, int64_t group, int64_t head_size,
-                  T* out) {
+                  T* out, float* lse) {
   const int64_t width = head_size + 2;  // accumulator, maximum, sum
   std::vector<float> total(head_size);
   for (int64_t g = 0; g < group; ++g) {
@@ -255,6 +269,7 @@ void merge_pieces(const float* pieces, int64_t num_pieces, int64_t group, int64_
       sum += weight * piece[head_size + 1];
       for (int64_t d = 0; d < head_size; ++d) total[d] += weight * piece[d];
     }
+    if (lse) lse[g] = max + std::log(sum);
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // no block selected: zeros
     for (int64_t d = 0; d < head_size; ++d)
       out[g * head_size + d] = static_cast<T>(total[d] * inverse);
@@ -266,8 +281,10 @@ struct Piece {
   int32_t first, last;  // selected blocks
 };
 
+// mass: null, or [num_reqs, num_kv_heads, mass_width] of block shares (see anchor_decode).
 template <typename T>
-void sparse_decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tensor& out) {
+void decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tensor& out, float* mass,
+                  int64_t mass_width) {
   const int64_t num_reqs = query.size(0), heads = a.cache.num_kv_heads, group = a.group;
   const int64_t head_size = a.cache.head_size, width = head_size + 2;
   const int64_t blocks_per_piece = std::max<int64_t>(1, kSplitTokens / a.cache.block_size);
@@ -275,13 +292,19 @@ void sparse_decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tenso
   std::vector<int64_t> first_piece(num_reqs * heads + 1, 0);
   for (int64_t row = 0; row < num_reqs; ++row)
     for (int64_t head = 0; head < heads; ++head) {
-      const int32_t count = a.counts[row * a.counts_stride + head];
+      const int32_t count = a.counts ? a.counts[row * a.counts_stride + head]
+                                     : (a.seq_lens[row] + a.cache.block_size - 1) /
+                                           a.cache.block_size;
       for (int32_t first = 0; first < count; first += blocks_per_piece)
         pieces.push_back({static_cast<int32_t>(row), static_cast<int32_t>(head), first,
                           std::min<int32_t>(count, first + blocks_per_piece)});
       first_piece[row * heads + head + 1] = pieces.size();
     }
   std::vector<float> partial(pieces.size() * group * width);
+  std::vector<float> block_lse(mass ? num_reqs * heads * group * mass_width : 0);
+  const auto lse_of = [&](int64_t row_head) {
+    return mass ? block_lse.data() + row_head * group * mass_width : nullptr;
+  };
   const T* query_data = query.const_data_ptr<T>();
   T* out_data = out.mutable_data_ptr<T>();
   at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
@@ -294,7 +317,8 @@ void sparse_decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tenso
       std::fill(states.begin(), states.end(), SoftmaxState{});
       decode_piece<T>(a, query_data + piece.row * query.stride(0) + piece.head * group * head_size,
                       piece.row, piece.head, piece.first, piece.last, scratch.data(),
-                      states.data(), sums.data());
+                      states.data(), sums.data(), lse_of(piece.row * heads + piece.head),
+                      mass_width);
       for (int64_t g = 0; g < group; ++g) {
         float* slot = partial.data() + (i * group + g) * width;
         std::memcpy(slot, sums.data() + g * head_size, head_size * sizeof(float));
@@ -303,10 +327,46 @@ void sparse_decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tenso
       }
     }
   });
-  for (int64_t i = 0; i < num_reqs * heads; ++i)
+  std::vector<float> row_lse(group);
+  for (int64_t i = 0; i < num_reqs * heads; ++i) {
     merge_pieces<T>(partial.data() + first_piece[i] * group * width,
                     first_piece[i + 1] - first_piece[i], group, head_size,
-                    out_data + (i / heads) * out.stride(0) + (i % heads) * group * head_size);
+                    out_data + (i / heads) * out.stride(0) + (i % heads) * group * head_size,
+                    mass ? row_lse.data() : nullptr);
+    if (!mass) continue;
+    float* to = mass + i * mass_width;
+    const int64_t num_blocks =
+        (a.seq_lens[i / heads] + a.cache.block_size - 1) / a.cache.block_size;
+    std::fill(to, to + mass_width, 0.f);
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t b = 0; b < num_blocks; ++b)
+        to[b] += std::exp(lse_of(i)[g * mass_width + b] - row_lse[g]);
+  }
+}
+
+// Forced sink and recent blocks, then the blocks of most mass; ascending, -1 padded.
+void topk_row(const float* mass, int64_t num_blocks, int64_t budget, int64_t num_sink,
+              int64_t num_recent, int32_t* blocks, int64_t width, std::vector<int32_t>& order) {
+  const int64_t count = std::min(num_blocks, std::max<int64_t>(budget, 1));
+  order.resize(num_blocks);
+  for (int64_t b = 0; b < num_blocks; ++b) order[b] = b;
+  if (count < num_blocks) {
+    // The last block holds the current token: it comes before sinks and other recent blocks.
+    const auto rank = [&](int32_t b) {
+      if (b == num_blocks - 1) return 3;
+      if (b >= num_blocks - num_recent) return 2;
+      return b < num_sink ? 1 : 0;
+    };
+    std::nth_element(order.begin(), order.begin() + count, order.end(), [&](int32_t x, int32_t y) {
+      const int rx = rank(x), ry = rank(y);
+      if (rx != ry) return rx > ry;
+      if (rx == 0 && mass[x] != mass[y]) return mass[x] > mass[y];
+      return rx == 1 ? x < y : x > y;
+    });
+    std::sort(order.begin(), order.begin() + count);
+  }
+  std::copy(order.begin(), order.begin() + count, blocks);
+  std::fill(blocks + count, blocks + width, -1);
 }
 
 struct PrefillArgs {
@@ -501,7 +561,64 @@ void sparse_decode(const at::Tensor& query, const at::Tensor& key_cache,
                         logical_blocks.stride(1),
                         counts.stride(0),
                         static_cast<float>(scale)};
-  DISPATCH_CACHE_DTYPE(key_cache.scalar_type(), sparse_decode_typed<T>(args, query, out));
+  DISPATCH_CACHE_DTYPE(key_cache.scalar_type(), decode_typed<T>(args, query, out, nullptr, 0));
+}
+
+void anchor_decode(const at::Tensor& query, const at::Tensor& key_cache,
+                   const at::Tensor& value_cache, const at::Tensor& block_table,
+                   const at::Tensor& seq_lens, double scale, at::Tensor out,
+                   const std::optional<at::Tensor>& block_mass) {
+  const Cache cache = make_cache(key_cache, value_cache);
+  check_rows(query, out);
+  DecodeArgs args{};
+  args.cache = cache;
+  args.group = query.size(1) / cache.num_kv_heads;
+  args.block_table = block_table.const_data_ptr<int32_t>();
+  args.seq_lens = seq_lens.const_data_ptr<int32_t>();
+  args.table_stride = block_table.stride(0);
+  args.scale = static_cast<float>(scale);
+  float* mass = nullptr;
+  int64_t mass_width = 0;
+  if (block_mass.has_value()) {
+    TORCH_CHECK(block_mass->is_contiguous() && block_mass->size(0) >= query.size(0) &&
+                    block_mass->size(1) == cache.num_kv_heads,
+                "block_mass must be a contiguous [num_reqs, num_kv_heads, max_blocks]");
+    TORCH_CHECK(block_mass->size(2) >= block_table.size(1) ||
+                    block_mass->size(2) * cache.block_size >= at::max(seq_lens).item<int32_t>(),
+                "block_mass is narrower than the longest row");
+    mass = block_mass->mutable_data_ptr<float>();
+    mass_width = block_mass->size(2);
+  }
+  DISPATCH_CACHE_DTYPE(key_cache.scalar_type(),
+                       decode_typed<T>(args, query, out, mass, mass_width));
+}
+
+void block_topk(const at::Tensor& block_mass, const at::Tensor& seq_lens, int64_t block_size,
+                const at::Tensor& budget_blocks, int64_t sink_blocks, int64_t recent_blocks,
+                at::Tensor logical_blocks, at::Tensor counts) {
+  TORCH_CHECK(block_mass.is_contiguous() && logical_blocks.stride(2) == 1,
+              "block_mass and logical_blocks must be contiguous in their last dimension");
+  const int64_t heads = block_mass.size(1), width = logical_blocks.size(2);
+  const int32_t* lens = seq_lens.const_data_ptr<int32_t>();
+  const int32_t* budgets = budget_blocks.const_data_ptr<int32_t>();
+  const float* mass = block_mass.const_data_ptr<float>();
+  int32_t* blocks = logical_blocks.mutable_data_ptr<int32_t>();
+  int32_t* count_out = counts.mutable_data_ptr<int32_t>();
+  std::vector<int32_t> order;
+  for (int64_t row = 0; row < seq_lens.size(0); ++row) {
+    const int64_t num_blocks = (lens[row] + block_size - 1) / block_size;
+    const int64_t count = std::min<int64_t>(num_blocks, std::max(budgets[row], 1));
+    TORCH_CHECK(num_blocks <= block_mass.size(2), "a row has ", num_blocks, " blocks, block_mass ",
+                block_mass.size(2));
+    TORCH_CHECK(count <= width, "a row selects ", count, " blocks, the buffer holds ", width);
+    for (int64_t head = 0; head < heads; ++head) {
+      topk_row(mass + (row * heads + head) * block_mass.size(2), num_blocks, budgets[row],
+               sink_blocks, recent_blocks,
+               blocks + row * logical_blocks.stride(0) + head * logical_blocks.stride(1), width,
+               order);
+      count_out[row * counts.stride(0) + head] = count;
+    }
+  }
 }
 
 void paged_attention(const at::Tensor& query, const at::Tensor& key_cache,
@@ -547,10 +664,16 @@ TORCH_LIBRARY(vllm_ext, m) {
   m.def("sparse_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, "
         "Tensor seq_lens, Tensor logical_blocks, Tensor counts, Tensor? sink_tokens, "
         "Tensor? window_tokens, float scale, Tensor(a!) out) -> ()");
+  m.def("anchor_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, "
+        "Tensor seq_lens, float scale, Tensor(a!) out, Tensor(b!)? block_mass) -> ()");
+  m.def("block_topk(Tensor block_mass, Tensor seq_lens, int block_size, Tensor budget_blocks, "
+        "int sink_blocks, int recent_blocks, Tensor(a!) logical_blocks, Tensor(b!) counts) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(vllm_ext, CPU, m) {
   m.impl("cache_write", &cache_write);
   m.impl("paged_attention", &paged_attention);
   m.impl("sparse_decode", &sparse_decode);
+  m.impl("anchor_decode", &anchor_decode);
+  m.impl("block_topk", &block_topk);
 }

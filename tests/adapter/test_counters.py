@@ -16,9 +16,9 @@ from vllm_ext.metrics import WorkerFigures, decode_rows
 WORKER = """
 from attn_backends.adapter.counters import RowCounters
 counters = RowCounters("SINK_WINDOW")
-counters.add("sparse", {"selected": 3, "everything_kept": 0})
-counters.add("sparse", {"selected": 3})
-counters.add("dense", {"unsupported": 2})
+counters.add({("sparse", "selected"): 3, ("sparse", "everything_kept"): 0})
+counters.add({("sparse", "selected"): 3})
+counters.add({("dense", "unsupported"): 2})
 """
 
 
@@ -50,7 +50,7 @@ def test_no_folder_means_no_export_and_no_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv(FOLDER_ENV, raising=False)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     counters = RowCounters("SPARSE_FULL")
-    counters.add("sparse", {"selected": 1})
+    counters.add({("sparse", "selected"): 1})
     assert counters.activation_ratio == 1.0
     assert decode_rows() == {}
 

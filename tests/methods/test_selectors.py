@@ -18,7 +18,13 @@ CPU = torch.device("cpu")
 
 def _geometry(block_size: int) -> Geometry:
     return Geometry(
-        num_layers=2, num_kv_heads=2, block_size=block_size, max_num_reqs=8, max_model_len=4096
+        num_layers=2,
+        num_kv_heads=2,
+        num_query_heads=4,
+        head_size=64,
+        block_size=block_size,
+        max_num_reqs=8,
+        max_model_len=4096,
     )
 
 
@@ -79,7 +85,7 @@ def test_reasons_tell_saved_rows_from_short_ones() -> None:
     config = SinkWindowConfig(sink_tokens=64, window_tokens=256)
     selector = SinkWindowSelector(config, _geometry(32), CPU)
     reasons = selector.row_reasons(torch.tensor([10, 320, 321, 4000]))
-    assert reasons == {"selected": 2, "everything_kept": 2}
+    assert reasons == {("sparse", "selected"): 2, ("sparse", "everything_kept"): 2}
 
 
 def test_full_selects_every_block() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from attn_backends.ops.anchor_decode.api import implementations as anchor_decode
+from attn_backends.ops.block_topk.api import implementations as block_topk
 from attn_backends.ops.cache_write.api import implementations as cache_write
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.ops.paged_attention.api import implementations as paged_attention
@@ -17,7 +19,7 @@ from kvcache.layout import KVOrder, PagedKVLayout
 
 TRITON = [
     pytest.param(impl, id=impl.op)
-    for implementations in (cache_write, paged_attention, sparse_decode)
+    for implementations in (cache_write, paged_attention, sparse_decode, anchor_decode, block_topk)
     for impl in implementations()
     if impl.name == "triton"
 ]
@@ -26,7 +28,7 @@ CONTEXT = OpContext(LAYOUT, 4, "cpu", True)
 
 
 def test_every_op_has_a_triton_implementation() -> None:
-    assert len(TRITON) == 3
+    assert len(TRITON) == 5
 
 
 @pytest.mark.parametrize("impl", TRITON)
@@ -47,7 +49,9 @@ def test_serves_the_cpu_in_the_interpreter_only(
     [("head_size", 256), ("block_size", 256), ("dtype", torch.float8_e4m3fn)],
     ids=["head_size", "block_size", "dtype"],
 )
-@pytest.mark.parametrize("impl", [impl for impl in TRITON if impl.id != "cache_write"])
+@pytest.mark.parametrize(
+    "impl", [impl for impl in TRITON if impl.id not in ("cache_write", "block_topk")]
+)
 def test_refuses_untested_sizes_by_name(impl: OpImpl, field: str, value: Any) -> None:
     layout = replace(LAYOUT, **{field: value})
     reason = impl.unsupported_reason(replace(CONTEXT, layout=layout))

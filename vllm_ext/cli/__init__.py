@@ -1,4 +1,4 @@
-"""``vllm-ext``: serve, methods, doctor, demo-model, bench."""
+"""``vllm-ext``: serve, methods, doctor, demo-model, profile, bench."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "methods": ("vllm_ext.cli.methods", "what each method reads, frees and cannot do"),
     "doctor": ("vllm_ext.cli.doctor", "check this machine with a self-test decode"),
     "demo-model": ("vllm_ext.demo_model", "prepare the demo model"),
+    "profile": ("vllm_ext.cli.profile", "calibrate TIDAL_DECODE for a checkpoint"),
     "bench": ("vllm_ext.cli.bench", "compare decode time with stock vLLM"),
 }
 

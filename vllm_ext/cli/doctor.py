@@ -32,7 +32,7 @@ TINY_LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-PROMPT_TOKENS = (700, 40)
+PROMPT_TOKENS = (1500, 40)  # one row past every default budget, one below
 DECODE_TOKENS = 16
 
 

@@ -1,0 +1,1 @@
+"""The ``anchor_decode`` op; see ``api.py``."""

@@ -1,0 +1,1 @@
+"""Implementations of ``anchor_decode``, private to its ``api.py``."""

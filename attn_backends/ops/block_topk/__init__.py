@@ -1,0 +1,1 @@
+"""The ``block_topk`` op; see ``api.py``."""

@@ -1,0 +1,1 @@
+"""Implementations of ``block_topk``, private to its ``api.py``."""

@@ -1,0 +1,154 @@
+"""TIDAL_DECODE: settings, schedule from a profile, budgets and reasons."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attn_backends.batch import PagedBatch
+from attn_backends.config import ConfigError
+from attn_backends.method import Geometry
+from attn_backends.methods.tidal_decode import METHOD, TidalConfig, TidalSelector
+from attn_backends.plan import LayerRole, LayerSchedule
+from attn_backends.profile import Profile, fingerprint, load_profile, shipped_profile
+
+GEOMETRY = Geometry(
+    num_layers=6,
+    num_kv_heads=2,
+    num_query_heads=6,
+    head_size=64,
+    block_size=32,
+    max_num_reqs=4,
+    max_model_len=4096,
+)
+PROFILE: dict[str, Any] = {
+    "schema_version": 1,
+    "fingerprint": "0" * 64,
+    "model": "tiny",
+    "num_layers": 6,
+    "num_kv_heads": 2,
+    "dense_layers": [0],
+    "anchor_layers": [1, 4],
+    "head_maps": {"2": [1, 0]},
+    "calibration": {},
+}
+
+
+def _written(folder: Path, **changes: Any) -> Path:
+    path = folder / "profile.json"
+    path.write_text(json.dumps(PROFILE | changes))
+    return path
+
+
+def test_the_schedule_follows_the_profile(tmp_path: Path) -> None:
+    config = TidalConfig(profile=str(_written(tmp_path)))
+    schedule = METHOD.schedule(config, GEOMETRY)
+    dense, anchor, reuse = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE
+    assert schedule.roles == (dense, anchor, reuse, reuse, anchor, reuse)
+    assert schedule.head_maps == {2: (1, 0)}
+
+
+def test_without_a_profile_there_is_a_warning_and_a_safe_default(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    schedule = METHOD.schedule(TidalConfig(), GEOMETRY)
+    assert schedule.roles[2] is LayerRole.ANCHOR
+    assert "no profile" in caplog.text
+    assert "vllm-ext profile" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"anchor_layers": [1, 9]}, "anchor_layers has [9]"),
+        ({"dense_layers": [0, 1]}, "both dense and anchor"),
+        ({"anchor_layers": [3]}, "layers [1, 2] come before the first anchor"),
+        ({"head_maps": {"2": [0, 5]}}, "between 0 and 1"),
+        ({"head_maps": {"2": [0]}}, "needs 2 heads"),
+        ({"schema_version": 2}, "schema_version"),
+        ({"extra": 1}, "extra"),
+        ({"fingerprint": "xyz"}, "fingerprint"),
+    ],
+)
+def test_a_bad_profile_names_what_is_wrong(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_profile(_written(tmp_path, **changes))
+    assert words in str(error.value)
+
+
+def test_missing_broken_and_foreign_profiles_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_profile(tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid"):
+        load_profile(tmp_path / "broken.json")
+    (tmp_path / "huge.json").write_text(" " * (5 << 20))
+    with pytest.raises(ConfigError, match="at most"):
+        load_profile(tmp_path / "huge.json")
+    path = _written(tmp_path, num_layers=8)
+    with pytest.raises(ConfigError, match="this model has 6 of 2"):
+        METHOD.schedule(TidalConfig(profile=str(path)), GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"budget_tokens": -1}, "budget_tokens is -1"),
+        ({"budget_tokens": 64}, "less than sink_tokens"),
+        ({"recent_tokens": -3}, "recent_tokens is -3"),
+    ],
+)
+def test_impossible_budgets_are_refused(settings: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TidalConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_budgets_by_row_and_reasons() -> None:
+    config = TidalConfig(budget_tokens=512, min_context_tokens=1000)
+    selector = TidalSelector(config, GEOMETRY, torch.device("cpu"))
+    seq_lens = torch.tensor([1000, 1001, 4000], dtype=torch.int32)
+    batch = PagedBatch(
+        query_start_loc=torch.arange(4, dtype=torch.int32),
+        seq_lens=seq_lens,
+        block_table=torch.zeros(3, 128, dtype=torch.int32),
+        num_reqs=3,
+        num_tokens=3,
+        max_query_len=1,
+        max_seq_len=4000,
+    )
+    anchor = selector.anchor_state(batch)
+    assert anchor is not None
+    assert anchor.budget_blocks.tolist() == [128, 16, 16]
+    assert (anchor.sink_blocks, anchor.recent_blocks) == (1, 2)
+    reasons = selector.row_reasons(seq_lens)
+    assert reasons[("dense", "short_context")] == 1
+    assert reasons[("sparse", "selected")] == 2
+
+
+def test_reuse_needs_an_anchor_before_it() -> None:
+    with pytest.raises(ValueError, match="layer 1 reuses"):
+        LayerSchedule((LayerRole.DENSE, LayerRole.REUSE, LayerRole.ANCHOR))
+
+
+def test_fingerprints_tell_checkpoints_apart(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"a" * 100)
+    first = fingerprint(tmp_path)
+    assert first == fingerprint(tmp_path)
+    weights.write_bytes(b"a" * 99 + b"b")
+    assert fingerprint(tmp_path) != first
+    assert shipped_profile(tmp_path) is None
+
+
+def test_shipped_profiles_are_valid() -> None:
+    from attn_backends.profile import SHIPPED
+
+    for path in SHIPPED.glob("*.json"):
+        assert isinstance(load_profile(path), Profile)

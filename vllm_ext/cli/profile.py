@@ -1,0 +1,130 @@
+"""``vllm-ext profile MODEL``: calibrates TIDAL_DECODE for a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from attn_backends.plan import LayerSchedule
+from attn_backends.profile import Profile, fingerprint
+from vllm_ext.calibration.search import Verdict
+from vllm_ext.errors import UserError
+
+DENSE_LAYERS = 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-ext profile", description="Find anchor layers and head maps of a checkpoint."
+    )
+    parser.add_argument("model", help="model folder (Llama, Qwen or Mistral style)")
+    parser.add_argument("--output", type=Path, required=True, help="the profile to write, JSON")
+    parser.add_argument("--anchors", type=int, default=4, help="anchor layers (4)")
+    parser.add_argument("--budget-tokens", type=int, default=512, help="calibrated for (512)")
+    parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block (32)")
+    parser.add_argument("--context-tokens", type=int, default=3000, help="longest prompt (3000)")
+    parser.add_argument("--examples", type=int, default=5, help="prompts of each kind (5)")
+    parser.add_argument("--verifications", type=int, default=40, help="end-to-end trials (40)")
+    parser.add_argument("--corpus", type=Path, help="calibration text (default: Python's library)")
+    parser.add_argument("--seed", type=int, default=0, help="for the choice of prompts (0)")
+    return parser
+
+
+def _check(args: Any) -> None:
+    if not Path(args.model, "config.json").is_file():
+        raise UserError(f"{args.model} is not a model folder (no config.json)")
+    if args.corpus is not None and not args.corpus.is_file():
+        raise UserError(f"--corpus: {args.corpus} does not exist")
+    for name, lowest in (("anchors", 1), ("examples", 1), ("verifications", 1), ("seed", 0)):
+        if getattr(args, name) < lowest:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {lowest}")
+    if args.context_tokens < 2 * args.budget_tokens:
+        raise UserError(
+            f"--context-tokens is {args.context_tokens}; to tell good anchors from bad it must be "
+            f"at least twice --budget-tokens ({args.budget_tokens})"
+        )
+
+
+def main(argv: list[str]) -> int:
+    """Calibrates and writes the profile.
+
+    Raises:
+        UserError: bad arguments, or a model of an unknown style.
+    """
+    args = _parser().parse_args(argv)
+    _check(args)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    started = time.monotonic()
+
+    def echo(line: str) -> None:
+        print(f"profile [{time.monotonic() - started:4.0f} s] {line}", flush=True)
+
+    profile = calibrate(args, echo)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.output.with_suffix(".partial")
+    partial.write_text(profile.model_dump_json(indent=1) + "\n")
+    os.replace(partial, args.output)
+    echo(f"written: {args.output}; use it with --profile {args.output}")
+    return 0
+
+
+def calibrate(args: Any, echo: Any) -> Profile:
+    """Runs the four stages described in ``vllm_ext.calibration.search``."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from vllm_ext.calibration import search
+    from vllm_ext.calibration.data import make_examples
+    from vllm_ext.calibration.probe import Budget, Probe, load_probed_model
+
+    torch.manual_seed(args.seed)
+    probe = Probe(Budget(args.block_size, -(-args.budget_tokens // args.block_size), 1, 2))
+    model = load_probed_model(args.model, probe)
+    if not hasattr(model, "model") or not hasattr(model.model, "layers"):
+        raise UserError(f"{args.model}: only decoder-only models with model.layers are supported")
+    tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
+    examples = make_examples(tokenizer, args.seed, args.corpus, args.context_tokens, args.examples)
+    recordings, pair_scores, importance = [], [], []
+    for number, example in enumerate(examples, 1):
+        recording = search.record(model, probe, example)
+        pair_scores.append(search.similarity(recording, probe))
+        importance.append(recording.importance)
+        recordings.append(recording)
+        echo(f"recorded {number}/{len(examples)}: {example.kind}, {len(example.ids)} tokens")
+    pairs = torch.stack(pair_scores).mean(0)
+    layers = pairs.amax(2).mean(2) * torch.stack(importance).mean(0)[None, :]
+    candidates = search.best_anchor_sets(layers, args.anchors, DENSE_LAYERS, num_sets=6)
+
+    def judge(anchors: tuple[int, ...]) -> Verdict:
+        schedule = search.make_schedule(anchors, pairs, DENSE_LAYERS)
+        return search.verify(model, probe, schedule, recordings)
+
+    num_layers = pairs.shape[0]
+    best, verdicts = search.search(candidates, num_layers, judge, args.verifications, echo)
+    echo(f"chosen: anchors {list(best.anchors)}")
+    schedule = search.make_schedule(best.anchors, pairs, DENSE_LAYERS)
+    return _profile(args, schedule, best, verdicts)
+
+
+def _profile(args: Any, schedule: LayerSchedule, best: Verdict, verdicts: list[Verdict]) -> Profile:
+    config = json.loads(Path(args.model, "config.json").read_text())
+    settings = ("budget_tokens", "block_size", "context_tokens", "examples", "seed")
+    ranked = sorted(verdicts, key=lambda v: v.loss)[:10]
+    return Profile(
+        schema_version=1,
+        fingerprint=fingerprint(Path(args.model)),
+        model=Path(args.model).name,
+        num_layers=len(schedule.roles),
+        num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        dense_layers=list(range(DENSE_LAYERS)),
+        anchor_layers=list(best.anchors),
+        head_maps={layer: list(heads) for layer, heads in schedule.head_maps.items()},
+        calibration={name: getattr(args, name) for name in settings}
+        | {"best": asdict(best), "verdicts": [asdict(verdict) for verdict in ranked]},
+    )
