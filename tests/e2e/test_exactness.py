@@ -133,24 +133,39 @@ def test_every_decode_row_was_sparse(
     assert all(key.startswith(method) for key in answer["rows"])
 
 
+SCHEDULING: dict[str, tuple[dict[str, Any], bool]] = {  # engine options, whether it preempts
+    "chunks-of-64-in-a-tiny-pool": (
+        {"max_num_batched_tokens": 64, "num_gpu_blocks_override": 120, "max_num_seqs": 16},
+        True,
+    ),
+    "chunks-of-64": ({"max_num_batched_tokens": 64, "max_num_seqs": 16}, False),
+    "tiny-pool": ({"num_gpu_blocks_override": 120}, True),
+    "blocks-of-128-uncached": ({"enable_prefix_caching": False, "block_size": 128}, False),
+}
+# An engine costs most of a minute: the default suite has the hardest case for two methods.
+DEFAULT_CASES = {("SPARSE_FULL", "chunks-of-64-in-a-tiny-pool")}
+DEFAULT_CASES |= {("SINK_WINDOW", "chunks-of-64-in-a-tiny-pool")}
+
+
 @pytest.mark.parametrize(
-    ("options", "preempts"),
+    ("served", "case"),
     [
-        pytest.param({"max_num_batched_tokens": 64, "max_num_seqs": 16}, False, id="chunks-of-64"),
-        pytest.param({"num_gpu_blocks_override": 120}, True, id="tiny-pool"),
         pytest.param(
-            {"enable_prefix_caching": False, "block_size": 128}, False, id="blocks-of-128"
-        ),
+            method, case, marks=() if (method, case) in DEFAULT_CASES else pytest.mark.slow
+        )
+        for method in METHODS
+        for case in SCHEDULING
     ],
+    indirect=["served"],
 )
 def test_scheduling_does_not_change_answers(
     served: tuple[str, dict[str, Any]],
     model_path: str,
     prompts: list[list[int]],
-    options: dict[str, Any],
-    preempts: bool,
+    case: str,
 ) -> None:
     method, answer = served
+    options, preempts = SCHEDULING[case]
     job = {"prompts": prompts, "together": True, "max_tokens": NEW_TOKENS}
     other = run_engine(_engine(model_path, method, **options), [job])
     assert _tokens(other["jobs"][0]) == _tokens(answer["jobs"][0])

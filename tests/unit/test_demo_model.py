@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_ext import demo_model
+from vllm_ext import demo_model, gguf_llama
 from vllm_ext.demo_model import DemoModelError
 
 Usage = namedtuple("Usage", "total used free")
@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def fake_build(target: Path, echo: demo_model.Echo) -> None:
+def fake_build(target: Path, echo: gguf_llama.Echo) -> None:
     made = target.parent / "made"
     made.mkdir()
     (made / "config.json").write_text("{}")
@@ -174,4 +174,4 @@ def test_unpermuting_rows_inverts_what_gguf_does(num_heads: int) -> None:
     halves = weight.reshape(num_heads, 2, head_size // 2, hidden_size)
     permuted = halves.swapaxes(1, 2).reshape(weight.shape)
     assert not np.array_equal(permuted, weight)
-    assert np.array_equal(demo_model.unpermute_rotary_rows(permuted, num_heads), weight)
+    assert np.array_equal(gguf_llama.unpermute_rotary_rows(permuted, num_heads), weight)
