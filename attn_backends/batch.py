@@ -63,6 +63,14 @@ class SpanRule:
 
 
 @dataclass(frozen=True)
+class RowOptions:
+    """What a request asked for itself, against the server's settings."""
+
+    is_dense: bool = False
+    budget_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class BlockSelection:
     """Logical blocks that each (decode row, KV head) reads.
 

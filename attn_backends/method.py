@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
+from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import MethodConfig
 from attn_backends.plan import AnchorState, LayerSchedule
 
@@ -39,19 +39,29 @@ class Selector(Protocol):
         """
         ...
 
-    def anchor_state(self, batch: PagedBatch) -> AnchorState | None:
-        """What anchor layers need, or None for methods without anchors."""
+    def anchor_state(
+        self, batch: PagedBatch, options: Mapping[int, RowOptions]
+    ) -> AnchorState | None:
+        """What anchor layers need, or None for methods without anchors.
+
+        Args:
+            batch: the decode rows.
+            options: by row index, for rows whose request asked for something itself.
+        """
         ...
 
     def span_rule(self, num_reqs: int) -> SpanRule | None:
         """Token rule for ``num_reqs`` rows, or None where all tokens of a block count."""
         ...
 
-    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[tuple[str, str], int]:
+    def row_reasons(
+        self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
+    ) -> dict[tuple[str, str], int]:
         """How many decode rows go which way, by (path, reason), the labels of the metric.
 
         Args:
             seq_lens_cpu: ``[num_reqs]`` on the host.
+            options: as for ``anchor_state``.
         """
         ...
 
@@ -77,6 +87,7 @@ class SparseMethod:
         schedule: ``(config, geometry) -> LayerSchedule``.
         make_selector: ``(config, geometry, device) -> Selector``.
         capabilities: what it reads and frees, and where it does not work.
+        takes_row_options: whether a request may choose its budget, or dense.
     """
 
     name: str
@@ -86,3 +97,4 @@ class SparseMethod:
     schedule: Callable[..., LayerSchedule]
     make_selector: Callable[..., Selector]
     capabilities: Capabilities
+    takes_row_options: bool = False

@@ -21,7 +21,8 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from attn_backends.adapter.config import method_config
 from attn_backends.adapter.counters import RowCounters
 from attn_backends.adapter.ops import ORDER_OF_DEVICE, Ops, resolve_ops
-from attn_backends.batch import PagedBatch
+from attn_backends.adapter.requests import BOOK
+from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry, SparseMethod
 from attn_backends.ops.dispatch import OpContext
@@ -67,7 +68,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention)
         if config.strict:
             _require_our_layers(layers, method)
-        num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         geometry = Geometry(
             num_layers=num_layers,
             num_kv_heads=kv_cache_spec.num_kv_heads,
@@ -96,9 +97,8 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             ),
             config.kernel,
         )
-        parallel = vllm_config.parallel_config
-        # Every rank of a tensor-parallel group serves the same rows: one of them counts.
-        is_counting = parallel.rank % parallel.tensor_parallel_size == 0
+        # Every rank of a replica serves the same rows: one of them counts.
+        is_counting = vllm_config.parallel_config.rank == 0
         self._counters = RowCounters(method.name) if is_counting else None
         logger.info(
             "%s: block %d tokens; %s; %s", method.name, geometry.block_size, self._ops, config
@@ -126,9 +126,10 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         if num_decodes:
             decode = batch.rows(0, num_decodes, 0, num_decode_tokens)
             selection = self._selector.select(decode)
-            anchor = self._selector.anchor_state(decode)
+            options = BOOK.of_rows(num_decodes)
+            anchor = self._selector.anchor_state(decode, options)
             decode_rule = self._selector.span_rule(num_decodes)
-            self._count(common, num_decodes)
+            self._count(common, num_decodes, options)
         if num_prefills:
             prefill = batch.rows(num_decodes, batch.num_reqs, num_decode_tokens, batch.num_tokens)
             prefill_rule = self._selector.span_rule(num_prefills)
@@ -146,14 +147,17 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         )
         return ExtMetadata(plan, self._ops)
 
-    def _count(self, common: CommonAttentionMetadata, num_decodes: int) -> None:
+    def _count(
+        self, common: CommonAttentionMetadata, num_decodes: int, options: dict[int, RowOptions]
+    ) -> None:
         if self._counters is None:
             return
         seq_lens_cpu = common.seq_lens_cpu_upper_bound
         if seq_lens_cpu is None:
             self._counters.add({("sparse", "unknown_length"): num_decodes})
         else:
-            self._counters.add(self._selector.row_reasons(seq_lens_cpu[:num_decodes]))
+            reasons = self._selector.row_reasons(seq_lens_cpu[:num_decodes], options)
+            self._counters.add(reasons)
 
 
 def op_context(

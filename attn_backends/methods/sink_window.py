@@ -8,11 +8,12 @@ the rule holds per query in prefill, chunked prefill and decode alike, and here 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
+from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
@@ -86,7 +87,9 @@ class SinkWindowSelector:
         counts.copy_(count[:, None])
         return BlockSelection(blocks, counts)
 
-    def anchor_state(self, batch: PagedBatch) -> AnchorState | None:
+    def anchor_state(
+        self, batch: PagedBatch, options: Mapping[int, RowOptions]
+    ) -> AnchorState | None:
         """See ``Selector.anchor_state``: no anchors."""
         return None
 
@@ -94,7 +97,9 @@ class SinkWindowSelector:
         """See ``Selector.span_rule``."""
         return SpanRule(self._sink[:num_reqs], self._window[:num_reqs])
 
-    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[tuple[str, str], int]:
+    def row_reasons(
+        self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
+    ) -> dict[tuple[str, str], int]:
         """See ``Selector.row_reasons``."""
         budget_tokens = self._config.sink_tokens + self._config.window_tokens
         num_selected = int((seq_lens_cpu > budget_tokens).sum())

@@ -7,9 +7,11 @@ from a property of a method.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
+from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import MethodConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
@@ -38,7 +40,9 @@ class FullSelector:
         blocks.copy_(chosen)
         return BlockSelection(blocks, counts)
 
-    def anchor_state(self, batch: PagedBatch) -> AnchorState | None:
+    def anchor_state(
+        self, batch: PagedBatch, options: Mapping[int, RowOptions]
+    ) -> AnchorState | None:
         """See ``Selector.anchor_state``: no anchors."""
         return None
 
@@ -46,7 +50,9 @@ class FullSelector:
         """See ``Selector.span_rule``: all tokens count."""
         return None
 
-    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[tuple[str, str], int]:
+    def row_reasons(
+        self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
+    ) -> dict[tuple[str, str], int]:
         """See ``Selector.row_reasons``."""
         return {("sparse", "everything_kept"): len(seq_lens_cpu)}
 

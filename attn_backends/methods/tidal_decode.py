@@ -14,12 +14,14 @@ Selection is made again in every step.
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
+from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
@@ -91,28 +93,46 @@ class TidalSelector:
         rows = batch.num_reqs
         return BlockSelection(self._blocks[:rows], self._counts[:rows])
 
-    def anchor_state(self, batch: PagedBatch) -> AnchorState | None:
-        """See ``Selector.anchor_state``; short rows get a budget for everything."""
+    def anchor_state(
+        self, batch: PagedBatch, options: Mapping[int, RowOptions]
+    ) -> AnchorState | None:
+        """See ``Selector.anchor_state``; short and dense rows get a budget for everything."""
         rows = batch.num_reqs
-        is_short = batch.seq_lens <= self._config.min_context_tokens
         budgets = self._budgets[:rows]
-        budgets.copy_(torch.where(is_short, self._max_blocks, self._budget_blocks))
+        budgets.fill_(self._budget_blocks)
+        for row, row_options in options.items():
+            budgets[row] = self._budget_of(row_options)
+        is_short = batch.seq_lens <= self._config.min_context_tokens
+        budgets.masked_fill_(is_short, self._max_blocks)
         return AnchorState(self._mass[:rows], budgets, self._sink_blocks, self._recent_blocks)
 
     def span_rule(self, num_reqs: int) -> SpanRule | None:
         """See ``Selector.span_rule``: all tokens of a selected block count."""
         return None
 
-    def row_reasons(self, seq_lens_cpu: torch.Tensor) -> dict[tuple[str, str], int]:
+    def _budget_of(self, options: RowOptions) -> int:
+        if options.is_dense:
+            return self._max_blocks
+        if options.budget_tokens is None:
+            return self._budget_blocks
+        return min(self._max_blocks, -(-options.budget_tokens // self._block_size))
+
+    def row_reasons(
+        self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
+    ) -> dict[tuple[str, str], int]:
         """See ``Selector.row_reasons``."""
-        short = int((seq_lens_cpu <= self._config.min_context_tokens).sum())
-        budget_tokens = max(self._budget_blocks * self._block_size, self._config.min_context_tokens)
-        selected = int((seq_lens_cpu > budget_tokens).sum())
-        return {
-            ("dense", "short_context"): short,
-            ("sparse", "everything_kept"): len(seq_lens_cpu) - short - selected,
-            ("sparse", "selected"): selected,
-        }
+        counts: Counter[tuple[str, str]] = Counter()
+        for row, seq_len in enumerate(seq_lens_cpu.tolist()):
+            row_options = options.get(row, RowOptions())
+            if row_options.is_dense:
+                counts["dense", "request_off"] += 1
+            elif seq_len <= self._config.min_context_tokens:
+                counts["dense", "short_context"] += 1
+            elif seq_len <= self._budget_of(row_options) * self._block_size:
+                counts["sparse", "everything_kept"] += 1
+            else:
+                counts["sparse", "selected"] += 1
+        return dict(counts)
 
 
 def _resolve_profile(config: TidalConfig, geometry: Geometry) -> Profile | None:
@@ -171,4 +191,5 @@ METHOD = SparseMethod(
         frees="nothing",
         limits="needs a calibrated profile (vllm-ext profile); short contexts gain nothing",
     ),
+    takes_row_options=True,
 )

@@ -24,7 +24,8 @@ def run_engine(
 
     Args:
         engine: keyword arguments of ``vllm.LLM``.
-        jobs: each ``{"prompts": [[ids]], "together": bool, "max_tokens": n}``.
+        jobs: each ``{"prompts": [[ids]], "together": bool, "max_tokens": n}``, and optionally
+            ``"extra_args"``, one object or null per prompt.
         env: additions to the environment.
 
     Returns:
@@ -62,18 +63,26 @@ def run_engine(
 def _generate(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=job["max_tokens"],
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=0,
-    )
-    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    batches = [prompts] if job["together"] else [[prompt] for prompt in prompts]
+    extra_args = job.get("extra_args") or [None] * len(job["prompts"])
+    requests = [
+        (
+            {"prompt_token_ids": ids},
+            SamplingParams(
+                temperature=0,
+                max_tokens=job["max_tokens"],
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=0,
+                extra_args=extra,
+            ),
+        )
+        for ids, extra in zip(job["prompts"], extra_args, strict=True)
+    ]
+    batches = [requests] if job["together"] else [[request] for request in requests]
     answers = []
     for batch in batches:
-        for output in llm.generate(batch, params, use_tqdm=False):
+        prompts, params = [list(column) for column in zip(*batch, strict=True)]
+        for output in llm.generate(prompts, params, use_tqdm=False):
             completion = output.outputs[0]
             tokens = list(completion.token_ids)
             answers.append(

@@ -170,3 +170,27 @@ def test_scheduling_does_not_change_answers(
     other = run_engine(_engine(model_path, method, **options), [job])
     assert _tokens(other["jobs"][0]) == _tokens(answer["jobs"][0])
     assert (other["preemptions"] > 0) == preempts
+
+
+def test_requests_with_budgets_of_their_own(
+    model_path: str, prompts: list[list[int]], stock: list[dict[str, Any]]
+) -> None:
+    """Rows of one batch keep their own budgets; dense ones are stock vLLM's."""
+    chosen = [-2, -1, -3, -1]  # prompts of 2,100, 3,000, 1,300 and again 3,000 tokens
+    extra_args = [{"budget_tokens": 128}, {"sparse": "off"}, None, {"budget_tokens": 256}]
+    alone = {
+        "prompts": [prompts[i] for i in chosen],
+        "extra_args": extra_args,
+        "together": False,
+        "max_tokens": NEW_TOKENS,
+    }
+    engine = _engine(model_path, "TIDAL_DECODE")
+    engine["additional_config"] = {"vllm_ext": {"budget_tokens": 512}}
+    answer = run_engine(engine, [alone, alone | {"together": True}])
+    first, second = (_tokens(job) for job in answer["jobs"])
+    assert first == second
+    assert first[1] == stock[-1]["tokens"]
+    steps = NEW_TOKENS - 1
+    assert answer["rows"]["TIDAL_DECODE|dense|request_off"] == 2 * steps
+    # A cached prompt's last block, recomputed token by token at most once, counts as well.
+    assert answer["rows"]["TIDAL_DECODE|sparse|selected"] >= 6 * steps

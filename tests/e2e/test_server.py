@@ -107,6 +107,13 @@ def test_the_api_key_is_enforced(server: Server, model_path: str) -> None:
     assert server.request("/v1/completions", body, key="wrong")[0] == 401
 
 
+def test_options_that_cannot_be_honoured_are_a_400(server: Server, model_path: str) -> None:
+    body = {"model": model_path, "prompt": "hi", "vllm_xargs": {"budget_tokens": 64}}
+    status, text = server.request("/v1/completions", body)
+    assert status == 400
+    assert "SINK_WINDOW takes no per-request options" in text
+
+
 def test_it_listens_on_loopback_and_prints_a_curl_line(server: Server) -> None:
     log = server.log.read_text()
     assert f"ready on http://127.0.0.1:{server.port}" in log

@@ -84,7 +84,7 @@ def test_a_window_below_one_block_is_refused() -> None:
 def test_reasons_tell_saved_rows_from_short_ones() -> None:
     config = SinkWindowConfig(sink_tokens=64, window_tokens=256)
     selector = SinkWindowSelector(config, _geometry(32), CPU)
-    reasons = selector.row_reasons(torch.tensor([10, 320, 321, 4000]))
+    reasons = selector.row_reasons(torch.tensor([10, 320, 321, 4000]), {})
     assert reasons == {("sparse", "selected"): 2, ("sparse", "everything_kept"): 2}
 
 

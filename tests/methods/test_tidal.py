@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from attn_backends.batch import PagedBatch
+from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
 from attn_backends.methods.tidal_decode import METHOD, TidalConfig, TidalSelector
@@ -122,13 +122,21 @@ def test_budgets_by_row_and_reasons() -> None:
         max_query_len=1,
         max_seq_len=4000,
     )
-    anchor = selector.anchor_state(batch)
+    anchor = selector.anchor_state(batch, {})
     assert anchor is not None
     assert anchor.budget_blocks.tolist() == [128, 16, 16]
     assert (anchor.sink_blocks, anchor.recent_blocks) == (1, 2)
-    reasons = selector.row_reasons(seq_lens)
-    assert reasons[("dense", "short_context")] == 1
-    assert reasons[("sparse", "selected")] == 2
+    reasons = selector.row_reasons(seq_lens, {})
+    assert reasons == {("dense", "short_context"): 1, ("sparse", "selected"): 2}
+    options = {1: RowOptions(is_dense=True), 2: RowOptions(budget_tokens=4096)}
+    anchor = selector.anchor_state(batch, options)
+    assert anchor is not None
+    assert anchor.budget_blocks.tolist() == [128, 128, 128]
+    assert selector.row_reasons(seq_lens, options) == {
+        ("dense", "short_context"): 1,
+        ("dense", "request_off"): 1,
+        ("sparse", "everything_kept"): 1,
+    }
 
 
 def test_reuse_needs_an_anchor_before_it() -> None:

@@ -32,7 +32,7 @@ TINY_LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-PROMPT_TOKENS = (1500, 40)  # one row past every default budget, one below
+PROMPT_TOKENS = (1500, 1200)  # past every default budget and threshold
 DECODE_TOKENS = 16
 
 

@@ -6,12 +6,16 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attn_backends.plan import LayerSchedule
 from attn_backends.profile import Profile, fingerprint
+from vllm_ext.calibration import report
 from vllm_ext.calibration.search import Verdict
 from vllm_ext.errors import UserError
 
@@ -65,18 +69,25 @@ def main(argv: list[str]) -> int:
     def echo(line: str) -> None:
         print(f"profile [{time.monotonic() - started:4.0f} s] {line}", flush=True)
 
-    profile = calibrate(args, echo)
+    profile, layers = calibrate(args, echo)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     partial = args.output.with_suffix(".partial")
     partial.write_text(profile.model_dump_json(indent=1) + "\n")
     os.replace(partial, args.output)
-    echo(f"written: {args.output}; use it with --profile {args.output}")
+    image, text = args.output.with_suffix(".png"), args.output.with_suffix(".md")
+    drawn = report.heat_map(profile, layers, image)
+    text.write_text(report.markdown(profile, image if drawn else None))
+    echo(f"written: {args.output}, {text.name}, {image.name if drawn else 'no plot: matplotlib'}")
+    echo(f"use it with --attention-backend TIDAL_DECODE --profile {args.output}")
     return 0
 
 
-def calibrate(args: Any, echo: Any) -> Profile:
-    """Runs the four stages described in ``vllm_ext.calibration.search``."""
-    import torch
+def calibrate(args: Any, echo: Callable[[str], None]) -> tuple[Profile, torch.Tensor]:
+    """Runs the four stages described in ``vllm_ext.calibration.search``.
+
+    Returns:
+        The profile, and ``[num_layers a, num_layers b]`` similarities for the report.
+    """
     from transformers import AutoTokenizer
 
     from vllm_ext.calibration import search
@@ -98,8 +109,9 @@ def calibrate(args: Any, echo: Any) -> Profile:
         recordings.append(recording)
         echo(f"recorded {number}/{len(examples)}: {example.kind}, {len(example.ids)} tokens")
     pairs = torch.stack(pair_scores).mean(0)
-    layers = pairs.amax(2).mean(2) * torch.stack(importance).mean(0)[None, :]
-    candidates = search.best_anchor_sets(layers, args.anchors, DENSE_LAYERS, num_sets=6)
+    layers = pairs.amax(2).mean(2)  # best head of a, averaged over the heads of b
+    scores = layers * torch.stack(importance).mean(0)[None, :]
+    candidates = search.best_anchor_sets(scores, args.anchors, DENSE_LAYERS, num_sets=6)
 
     def judge(anchors: tuple[int, ...]) -> Verdict:
         schedule = search.make_schedule(anchors, pairs, DENSE_LAYERS)
@@ -109,7 +121,7 @@ def calibrate(args: Any, echo: Any) -> Profile:
     best, verdicts = search.search(candidates, num_layers, judge, args.verifications, echo)
     echo(f"chosen: anchors {list(best.anchors)}")
     schedule = search.make_schedule(best.anchors, pairs, DENSE_LAYERS)
-    return _profile(args, schedule, best, verdicts)
+    return _profile(args, schedule, best, verdicts), layers
 
 
 def _profile(args: Any, schedule: LayerSchedule, best: Verdict, verdicts: list[Verdict]) -> Profile:

@@ -51,3 +51,16 @@ class ExtPlatformMixin:
         from vllm_ext.platforms.selection import prepare_config
 
         prepare_config(vllm_config, cls.device_type)
+
+    @classmethod
+    def validate_request(cls, processed_inputs: Any, params: Any) -> None:
+        """The builtin's check, then our per-request options; a ValueError becomes a 400.
+
+        Raises:
+            ValueError: ``vllm_xargs`` that cannot be honoured.
+        """
+        builtin: Any = super()
+        builtin.validate_request(processed_inputs, params)
+        from vllm_ext.platforms.selection import check_request
+
+        check_request(getattr(params, "extra_args", None), cls.device_type)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from attn_backends.adapter.checks import check_method, refuse, unsupported_reasons
 from attn_backends.adapter.config import chosen_method, method_config
+from attn_backends.adapter.requests import parse_options
 from attn_backends.methods import load_method
 from vllm_ext import metrics
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.vllm_ext")
+
+STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+CPU_WORKER = "attn_backends.adapter.worker.ExtCPUWorker"
+_active: dict[str, Any] = {}  # what this front-end process serves, for checks of requests
 
 CPU_BLOCK_TOKENS = 32  # selection is by block: small blocks keep what is read close to the budget
 
@@ -35,6 +40,9 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
     if device_type == "cpu" and not cache.user_specified_block_size:
         cache.block_size = CPU_BLOCK_TOKENS
     reasons = unsupported_reasons(vllm_config, device_type)
+    worker_cls = vllm_config.parallel_config.worker_cls
+    if device_type == "cpu" and worker_cls not in (STOCK_CPU_WORKER, CPU_WORKER):
+        reasons.append(f"--worker-cls {worker_cls} (ours records per-request options)")
     if reasons and config.strict:
         raise refuse(method, reasons)
     if reasons:
@@ -45,6 +53,28 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
             "; ".join(reasons),
         )
     check_method(config, cache.block_size)
+    if device_type == "cpu" and not reasons:
+        vllm_config.parallel_config.worker_cls = CPU_WORKER
+    _active.update(method=method, config=config, is_served=not reasons)
+
+
+def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> None:
+    """Refuses per-request options that would not be honoured.
+
+    Raises:
+        ValueError: names the option, its value and what would work.
+    """
+    if not _active:
+        return
+    config = _active["config"]
+    forced_tokens = getattr(config, "sink_tokens", 0) + getattr(config, "recent_tokens", 0)
+    options = parse_options(extra_args, _active["method"], max(1, forced_tokens))
+    if options is None:
+        return
+    if device_type != "cpu":
+        raise ValueError("vllm_xargs: per-request options are not supported on GPUs yet")
+    if not _active["is_served"]:
+        raise ValueError("vllm_xargs: this server runs dense (strict is off), options are void")
 
 
 def select_backend(name: str, selector_config: Any, builtin: Callable[[], str]) -> str:

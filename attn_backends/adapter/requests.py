@@ -1,0 +1,85 @@
+"""Per-request options: from ``vllm_xargs`` to the rows of a batch.
+
+The front end validates (``parse_options``, a ValueError becomes a 400). The worker records
+what each request asked for under its id, and the metadata builder asks for the options of
+its rows. No hook of vLLM passes them to a builder, hence the worker subclass (worker.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attn_backends.batch import RowOptions
+from attn_backends.method import SparseMethod
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+KEYS = ("sparse", "budget_tokens")
+
+
+def parse_options(
+    extra_args: Mapping[str, Any] | None, method: SparseMethod, min_budget_tokens: int
+) -> RowOptions | None:
+    """What a request asks for, or None when it asks for nothing of ours.
+
+    Args:
+        extra_args: the request's ``vllm_xargs``.
+        method: the server's method.
+        min_budget_tokens: smallest budget the server's settings allow.
+
+    Raises:
+        ValueError: a value that cannot be honoured; names it and what would work.
+    """
+    ours = {key: extra_args[key] for key in KEYS if key in extra_args} if extra_args else {}
+    if not ours:
+        return None
+    if not method.takes_row_options:
+        raise ValueError(
+            f"vllm_xargs has {', '.join(ours)}, but {method.name} takes no per-request options; "
+            "TIDAL_DECODE does"
+        )
+    sparse = ours.get("sparse", "on")
+    if sparse not in ("on", "off"):
+        raise ValueError(f'vllm_xargs.sparse is {sparse!r}; it must be "on" or "off"')
+    budget_tokens = ours.get("budget_tokens")
+    if budget_tokens is not None and (
+        type(budget_tokens) is not int or not min_budget_tokens <= budget_tokens <= 1 << 20
+    ):
+        raise ValueError(
+            f"vllm_xargs.budget_tokens is {budget_tokens!r}; it must be a whole number between "
+            f"{min_budget_tokens} and {1 << 20}"
+        )
+    return RowOptions(is_dense=sparse == "off", budget_tokens=budget_tokens)
+
+
+class RequestBook:
+    """Options of the requests that are alive in this worker."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, RowOptions] = {}
+        self.row_ids: Callable[[], Sequence[str | None]] = lambda: ()
+
+    def update(self, scheduler_output: SchedulerOutput) -> None:
+        """Takes note of new requests and forgets finished ones; preempted ones stay."""
+        for request_id in scheduler_output.finished_req_ids:
+            self._by_id.pop(request_id, None)
+        for request in scheduler_output.scheduled_new_reqs:
+            params = request.sampling_params
+            extra_args = params.extra_args if params is not None else None
+            if extra_args and any(key in extra_args for key in KEYS):
+                self._by_id[request.req_id] = RowOptions(
+                    is_dense=extra_args.get("sparse") == "off",
+                    budget_tokens=extra_args.get("budget_tokens"),
+                )
+
+    def of_rows(self, num_rows: int) -> dict[int, RowOptions]:
+        """Options by row index, for the first rows of the batch about to run."""
+        if not self._by_id:
+            return {}
+        ids = self.row_ids()[:num_rows]
+        return {row: self._by_id[i] for row, i in enumerate(ids) if i in self._by_id}
+
+
+BOOK = RequestBook()

@@ -1,0 +1,70 @@
+"""Per-request options: validation, and the way from request ids to rows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from attn_backends.adapter.requests import RequestBook, parse_options
+from attn_backends.batch import RowOptions
+from attn_backends.methods import load_method
+
+TIDAL = load_method("TIDAL_DECODE")
+
+
+def test_options_are_read_and_others_left_alone() -> None:
+    assert parse_options(None, TIDAL, 96) is None
+    assert parse_options({"other": 1}, TIDAL, 96) is None
+    assert parse_options({"sparse": "off"}, TIDAL, 96) == RowOptions(is_dense=True)
+    assert parse_options({"budget_tokens": 96}, TIDAL, 96) == RowOptions(budget_tokens=96)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "words"),
+    [
+        ({"sparse": "maybe"}, "'maybe'"),
+        ({"sparse": 0}, "sparse is 0"),
+        ({"budget_tokens": 95}, "between 96 and"),
+        ({"budget_tokens": -1}, "budget_tokens is -1"),
+        ({"budget_tokens": "512"}, "'512'"),
+        ({"budget_tokens": 1.5}, "1.5"),
+        ({"budget_tokens": 1 << 60}, "between 96 and"),
+        ({"budget_tokens": [512]}, "512"),
+    ],
+)
+def test_absurd_values_are_errors_that_say_what_works(
+    extra_args: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match="vllm_xargs") as error:
+        parse_options(extra_args, TIDAL, 96)
+    assert words in str(error.value)
+
+
+def test_methods_without_options_refuse_them() -> None:
+    with pytest.raises(ValueError, match="SPARSE_FULL takes no per-request options"):
+        parse_options({"budget_tokens": 512}, load_method("SPARSE_FULL"), 1)
+
+
+def _step(new: dict[str, Any] | None = None, finished: tuple[str, ...] = ()) -> Any:
+    requests = [
+        SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=extra))
+        for name, extra in (new or {}).items()
+    ]
+    return SimpleNamespace(finished_req_ids=set(finished), scheduled_new_reqs=requests)
+
+
+def test_the_book_follows_requests_through_reordering_and_the_end() -> None:
+    book = RequestBook()
+    ids = ["a", "b", "c"]
+    book.row_ids = lambda: ids
+    book.update(_step({"a": None, "b": {"budget_tokens": 128}, "c": {"sparse": "off"}}))
+    assert book.of_rows(3) == {1: RowOptions(budget_tokens=128), 2: RowOptions(is_dense=True)}
+    ids[:] = ["c", "a", "b"]
+    assert book.of_rows(1) == {0: RowOptions(is_dense=True)}
+    book.update(_step(finished=("c",)))
+    ids[:] = ["b", "a"]
+    assert book.of_rows(2) == {0: RowOptions(budget_tokens=128)}
+    book.update(_step({"b": None}, finished=("b",)))  # an id may come back as another request
+    assert book.of_rows(2) == {}
