@@ -142,9 +142,8 @@ SCHEDULING: dict[str, tuple[dict[str, Any], bool]] = {  # engine options, whethe
     "tiny-pool": ({"num_gpu_blocks_override": 120}, True),
     "blocks-of-128-uncached": ({"enable_prefix_caching": False, "block_size": 128}, False),
 }
-# An engine costs most of a minute: the default suite has the hardest case for two methods.
+# An engine costs most of a minute: the default suite has the hardest case of one method.
 DEFAULT_CASES = {("SPARSE_FULL", "chunks-of-64-in-a-tiny-pool")}
-DEFAULT_CASES |= {("SINK_WINDOW", "chunks-of-64-in-a-tiny-pool")}
 
 
 @pytest.mark.parametrize(
@@ -172,6 +171,7 @@ def test_scheduling_does_not_change_answers(
     assert (other["preemptions"] > 0) == preempts
 
 
+@pytest.mark.slow
 def test_requests_with_budgets_of_their_own(
     model_path: str, prompts: list[list[int]], stock: list[dict[str, Any]]
 ) -> None:
