@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from attn_backends.config import ConfigError
+from attn_backends.plan import LayerRole, LayerSchedule
 
 MAX_PROFILE_BYTES = 4 << 20
 SHIPPED = Path(__file__).with_name("profiles")
@@ -67,6 +68,18 @@ class Profile(BaseModel):
                     f"between 0 and {self.num_kv_heads - 1}"
                 )
         return self
+
+    def schedule(self) -> LayerSchedule:
+        """Roles and head maps of the layers."""
+        roles = tuple(
+            LayerRole.DENSE
+            if layer in self.dense_layers
+            else LayerRole.ANCHOR
+            if layer in self.anchor_layers
+            else LayerRole.REUSE
+            for layer in range(self.num_layers)
+        )
+        return LayerSchedule(roles, {layer: tuple(h) for layer, h in self.head_maps.items()})
 
 
 def load_profile(path: Path) -> Profile:

@@ -155,28 +155,18 @@ def _resolve_profile(config: TidalConfig, geometry: Geometry) -> Profile | None:
 
 def _schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
     profile = _resolve_profile(config, geometry)
-    if profile is None:
-        logger.warning(
-            "TIDAL_DECODE has no profile for this model: layers 0-%d dense, then every %dth an "
-            "anchor. That is slow and not calibrated; run: vllm-ext profile MODEL",
-            FALLBACK_DENSE_LAYERS - 1,
-            FALLBACK_ANCHOR_STRIDE,
-        )
-        dense = set(range(FALLBACK_DENSE_LAYERS))
-        anchors = set(range(FALLBACK_DENSE_LAYERS, geometry.num_layers, FALLBACK_ANCHOR_STRIDE))
-        head_maps: dict[int, tuple[int, ...]] = {}
-    else:
-        dense, anchors = set(profile.dense_layers), set(profile.anchor_layers)
-        head_maps = {layer: tuple(heads) for layer, heads in profile.head_maps.items()}
-    roles = tuple(
-        LayerRole.DENSE
-        if layer in dense
-        else LayerRole.ANCHOR
-        if layer in anchors
-        else LayerRole.REUSE
-        for layer in range(geometry.num_layers)
+    if profile is not None:
+        return profile.schedule()
+    logger.warning(
+        "TIDAL_DECODE has no profile for this model: layers 0-%d dense, then every %dth an "
+        "anchor. That is slow and not calibrated; run: vllm-ext profile MODEL",
+        FALLBACK_DENSE_LAYERS - 1,
+        FALLBACK_ANCHOR_STRIDE,
     )
-    return LayerSchedule(roles, head_maps)
+    roles = [LayerRole.DENSE] * FALLBACK_DENSE_LAYERS
+    cycle = [LayerRole.ANCHOR] + [LayerRole.REUSE] * (FALLBACK_ANCHOR_STRIDE - 1)
+    roles += cycle * geometry.num_layers
+    return LayerSchedule(tuple(roles[: geometry.num_layers]))
 
 
 METHOD = SparseMethod(

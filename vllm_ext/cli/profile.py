@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from attn_backends.plan import LayerSchedule
-from attn_backends.profile import Profile, fingerprint
-from vllm_ext.calibration import report
+from attn_backends.profile import Profile, fingerprint, load_profile
+from vllm_ext.calibration import report, search
+from vllm_ext.calibration.data import Example, make_examples
+from vllm_ext.calibration.probe import Budget, Probe, load_probed_model
 from vllm_ext.calibration.search import Verdict
 from vllm_ext.errors import UserError
 
@@ -27,7 +29,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="vllm-ext profile", description="Find anchor layers and head maps of a checkpoint."
     )
     parser.add_argument("model", help="model folder (Llama, Qwen or Mistral style)")
-    parser.add_argument("--output", type=Path, required=True, help="the profile to write, JSON")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=Path, help="the profile to write, JSON")
+    target.add_argument(
+        "--check", type=Path, metavar="PROFILE", help="judge a profile on the prompts of --seed"
+    )
     parser.add_argument("--anchors", type=int, default=4, help="anchor layers (4)")
     parser.add_argument("--budget-tokens", type=int, default=512, help="calibrated for (512)")
     parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block (32)")
@@ -69,6 +75,13 @@ def main(argv: list[str]) -> int:
     def echo(line: str) -> None:
         print(f"profile [{time.monotonic() - started:4.0f} s] {line}", flush=True)
 
+    if args.check is not None:
+        verdict = check(args, load_profile(args.check), echo)
+        echo(
+            f"{args.check.name}, seed {args.seed}: KL text {verdict.kl_text:.4f}, retrieval "
+            f"{verdict.kl_retrieval:.4f}, top-1 agreement {verdict.agreement:.3f}"
+        )
+        return 0
     profile, layers = calibrate(args, echo)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     partial = args.output.with_suffix(".partial")
@@ -82,17 +95,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def calibrate(args: Any, echo: Callable[[str], None]) -> tuple[Profile, torch.Tensor]:
-    """Runs the four stages described in ``vllm_ext.calibration.search``.
-
-    Returns:
-        The profile, and ``[num_layers a, num_layers b]`` similarities for the report.
-    """
+def _prepare(args: Any) -> tuple[Any, Probe, list[Example]]:
+    """The probed model and the prompts of the seed."""
     from transformers import AutoTokenizer
-
-    from vllm_ext.calibration import search
-    from vllm_ext.calibration.data import make_examples
-    from vllm_ext.calibration.probe import Budget, Probe, load_probed_model
 
     torch.manual_seed(args.seed)
     probe = Probe(Budget(args.block_size, -(-args.budget_tokens // args.block_size), 1, 2))
@@ -100,7 +105,37 @@ def calibrate(args: Any, echo: Callable[[str], None]) -> tuple[Profile, torch.Te
     if not hasattr(model, "model") or not hasattr(model.model, "layers"):
         raise UserError(f"{args.model}: only decoder-only models with model.layers are supported")
     tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
-    examples = make_examples(tokenizer, args.seed, args.corpus, args.context_tokens, args.examples)
+    return (
+        model,
+        probe,
+        make_examples(tokenizer, args.seed, args.corpus, args.context_tokens, args.examples),
+    )
+
+
+def check(args: Any, profile: Profile, echo: Callable[[str], None]) -> Verdict:
+    """Fidelity of an existing profile on the prompts of ``--seed``; choose another seed than
+    the one it was calibrated with.
+
+    Raises:
+        UserError: the profile is another checkpoint's.
+    """
+    if profile.fingerprint != fingerprint(Path(args.model)):
+        raise UserError(f"{args.check} was made for another checkpoint ({profile.model})")
+    model, probe, examples = _prepare(args)
+    recordings = []
+    for number, example in enumerate(examples, 1):
+        recordings.append(search.record(model, probe, example))
+        echo(f"recorded {number}/{len(examples)}: {example.kind}, {len(example.ids)} tokens")
+    return search.verify(model, probe, profile.schedule(), recordings)
+
+
+def calibrate(args: Any, echo: Callable[[str], None]) -> tuple[Profile, torch.Tensor]:
+    """Runs the four stages described in ``vllm_ext.calibration.search``.
+
+    Returns:
+        The profile, and ``[num_layers a, num_layers b]`` similarities for the report.
+    """
+    model, probe, examples = _prepare(args)
     recordings, pair_scores, importance = [], [], []
     for number, example in enumerate(examples, 1):
         recording = search.record(model, probe, example)
