@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attn_backends.config import ConfigError, MethodConfig, parse_config
-from attn_backends.method import SparseMethod
+from attn_backends.method import Geometry, SparseMethod
 from attn_backends.methods import REGISTRY, load_method
 
 if TYPE_CHECKING:
@@ -48,3 +48,18 @@ def method_config(vllm_config: VllmConfig, method: SparseMethod) -> MethodConfig
         ConfigError: see ``parse_config``.
     """
     return parse_config(method.config_cls, raw_settings(vllm_config) or {}, method.name)
+
+
+def geometry_of(vllm_config: VllmConfig) -> Geometry:
+    """What a method must know of the model, per tensor-parallel rank."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return Geometry(
+        num_layers=model.get_total_num_hidden_layers(),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        num_query_heads=model.get_num_attention_heads(parallel),
+        head_size=model.get_head_size(),
+        block_size=vllm_config.cache_config.block_size,
+        max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
+        max_model_len=model.max_model_len,
+        model_path=model.model,
+    )

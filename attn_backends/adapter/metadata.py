@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -18,13 +18,13 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from attn_backends.adapter.config import method_config
+from attn_backends.adapter.config import geometry_of, method_config
 from attn_backends.adapter.counters import RowCounters
 from attn_backends.adapter.ops import ORDER_OF_DEVICE, Ops, resolve_ops
 from attn_backends.adapter.requests import BOOK
 from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
-from attn_backends.method import Geometry, SparseMethod
+from attn_backends.method import SparseMethod
 from attn_backends.ops.dispatch import OpContext
 from attn_backends.plan import DecodePlan
 from kvcache.layout import PagedKVLayout
@@ -68,16 +68,13 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention)
         if config.strict:
             _require_our_layers(layers, method)
-        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-        geometry = Geometry(
-            num_layers=num_layers,
+        # The spec knows this group's KV heads and blocks better than the model's config.
+        geometry = replace(
+            geometry_of(vllm_config),
             num_kv_heads=kv_cache_spec.num_kv_heads,
             num_query_heads=layers[layer_names[0]].num_heads,
             head_size=kv_cache_spec.head_size,
             block_size=kv_cache_spec.block_size,
-            max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
-            max_model_len=vllm_config.model_config.max_model_len,
-            model_path=vllm_config.model_config.model,
         )
         schedule = method.schedule(config, geometry)
         indices = {name: extract_layer_index(name) for name in layer_names}

@@ -139,6 +139,11 @@ def test_it_listens_on_loopback_and_prints_a_curl_line(server: Server) -> None:
             ["window_tokens is 48", "block of 64"],
             id="window-below-a-block",
         ),
+        pytest.param(
+            ["--attention-backend", "TIDAL_DECODE", "--profile", "gone.json"],
+            ["gone.json", "cannot be read"],
+            id="missing-profile",
+        ),
     ],
 )
 def test_mistakes_end_in_a_short_error(

@@ -105,10 +105,10 @@ def self_test(model: str | None, method: str) -> list[str]:
 
     print(f"self-test ({method} on {model or 'a tiny random model'})")
     with tempfile.TemporaryDirectory(prefix="vllm-ext-doctor-") as folder:
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"enforce_eager": True}  # a self-test must not compile
         if model is None:
             Path(folder, "config.json").write_text(json.dumps(TINY_LLAMA))
-            options = {"load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": True}
+            options |= {"load_format": "dummy", "skip_tokenizer_init": True}
         llm = LLM(
             model=model or folder,
             attention_backend=method,
@@ -128,7 +128,8 @@ def self_test(model: str | None, method: str) -> list[str]:
             f"blocks of {spec.block_size} tokens, {spec.num_kv_heads} KV heads x "
             f"{spec.head_size}, {spec.dtype}",
         )
-        _line("graph mode", config.compilation_config.cudagraph_mode.name)
+        support = config.attention_config.backend.get_class().get_builder_cls()
+        _line("graph mode", f"our builder declares {support._cudagraph_support.name}")
         params = SamplingParams(
             temperature=0, max_tokens=DECODE_TOKENS, ignore_eos=True, detokenize=False
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from attn_backends.adapter.checks import check_method, refuse, unsupported_reasons
-from attn_backends.adapter.config import chosen_method, method_config
+from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.requests import parse_options
 from attn_backends.methods import load_method
 from vllm_ext import metrics
@@ -53,6 +53,8 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
             "; ".join(reasons),
         )
     check_method(config, cache.block_size)
+    if vllm_config.model_config is not None and not reasons:
+        method.schedule(config, geometry_of(vllm_config))  # a bad profile must not wait for workers
     if device_type == "cpu" and not reasons:
         vllm_config.parallel_config.worker_cls = CPU_WORKER
     _active.update(method=method, config=config, is_served=not reasons)
