@@ -1,6 +1,6 @@
 """Per-request options: from ``vllm_xargs`` to the rows of a batch.
 
-The front end validates (``parse_options``, a ValueError becomes a 400). The worker records
+The front end validates (``parse_options``; a bad value becomes a 400). The worker records
 what each request asked for under its id, and the metadata builder asks for the options of
 its rows. No hook of vLLM passes them to a builder, hence the worker subclass (worker.py).
 """

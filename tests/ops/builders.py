@@ -203,6 +203,8 @@ def sink_window_selection(
     geometry = Geometry(
         num_layers=1,
         num_kv_heads=problem.layout.num_kv_heads,
+        num_query_heads=problem.query.shape[1],
+        head_size=problem.layout.head_size,
         block_size=problem.layout.block_size,
         max_num_reqs=problem.batch.num_reqs,
         max_model_len=problem.batch.max_seq_len,

@@ -54,10 +54,10 @@ class ExtPlatformMixin:
 
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: Any) -> None:
-        """The builtin's check, then our per-request options; a ValueError becomes a 400.
+        """The builtin's check, then our per-request options.
 
         Raises:
-            ValueError: ``vllm_xargs`` that cannot be honoured.
+            VLLMValidationError: ``vllm_xargs`` that cannot be honoured; a 400.
         """
         builtin: Any = super()
         builtin.validate_request(processed_inputs, params)

@@ -64,19 +64,24 @@ def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> Non
     """Refuses per-request options that would not be honoured.
 
     Raises:
-        ValueError: names the option, its value and what would work.
+        VLLMValidationError: names the option, its value and what would work; a 400.
     """
+    from vllm.exceptions import VLLMValidationError
+
     if not _active:
         return
     config = _active["config"]
     forced_tokens = getattr(config, "sink_tokens", 0) + getattr(config, "recent_tokens", 0)
-    options = parse_options(extra_args, _active["method"], max(1, forced_tokens))
+    try:
+        options = parse_options(extra_args, _active["method"], max(1, forced_tokens))
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     if options is None:
         return
     if device_type != "cpu":
-        raise ValueError("vllm_xargs: per-request options are not supported on GPUs yet")
+        raise VLLMValidationError("vllm_xargs: per-request options are not supported on GPUs yet")
     if not _active["is_served"]:
-        raise ValueError("vllm_xargs: this server runs dense (strict is off), options are void")
+        raise VLLMValidationError("vllm_xargs: this server runs dense, options are void")
 
 
 def select_backend(name: str, selector_config: Any, builtin: Callable[[], str]) -> str:
