@@ -68,6 +68,7 @@ class RowOptions:
 
     is_dense: bool = False
     budget_tokens: int | None = None
+    budget_factor: float = 1.0  # on the server's budget, where budget_tokens is None
 
 
 @dataclass(frozen=True)

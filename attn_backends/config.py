@@ -72,3 +72,9 @@ def parse_config(config_cls: type[C], raw: Mapping[str, Any], method_name: str) 
                 f"vllm_ext.{key} must be of type {type_name}, got {type(value).__name__}: {value!r}"
             )
     return config_cls(**raw)
+
+
+def known_settings(config_cls: type[MethodConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a method knows, for commands that run several methods at once."""
+    names = {field.name for field in fields(config_cls)}
+    return {key: value for key, value in settings.items() if key in names}

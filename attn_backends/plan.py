@@ -21,6 +21,9 @@ class LayerRole(Enum):
     """Reads everything and selects blocks for the layers after it (``anchor_decode``)."""
     REUSE = "reuse"
     """Reads the last anchor's selection, through its head map."""
+    SELF = "self"
+    """Chooses from its own attention mass and reads only that: the top-k oracle, no cheaper
+    than dense, for evaluation."""
 
 
 @dataclass(frozen=True)

@@ -135,14 +135,14 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
     ) -> None:
         role = plan.roles[layer_name]
         decode, selection = plan.decode, plan.selection
+        assert decode is not None
         if role is LayerRole.DENSE:
             ops.anchor_decode.run(query, *views, decode, self.scale, out, None)
             return
         assert selection is not None
-        anchor = plan.anchor
-        if role is LayerRole.ANCHOR:
-            assert anchor is not None
-            assert decode is not None
+        if role in (LayerRole.ANCHOR, LayerRole.SELF):
+            assert plan.anchor is not None
+            anchor = plan.anchor
             ops.anchor_decode.run(query, *views, decode, self.scale, out, anchor.block_mass)
             ops.block_topk.run(
                 anchor.block_mass,
@@ -153,6 +153,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
                 anchor.recent_blocks,
                 selection,
             )
+        if role is LayerRole.ANCHOR:
             return
         head_map = plan.head_maps.get(layer_name)
         if head_map is not None:

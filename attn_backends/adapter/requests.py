@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attn_backends.batch import RowOptions
+from attn_backends.budget import PRESETS
 from attn_backends.method import SparseMethod
 
 if TYPE_CHECKING:
@@ -41,8 +42,10 @@ def parse_options(
             "TIDAL_DECODE does"
         )
     sparse = ours.get("sparse", "on")
-    if sparse not in ("on", "off"):
-        raise ValueError(f'vllm_xargs.sparse is {sparse!r}; it must be "on" or "off"')
+    if not isinstance(sparse, str) or sparse not in ("on", "off", *PRESETS):
+        raise ValueError(
+            f"vllm_xargs.sparse is {sparse!r}; it must be one of on, off, {', '.join(PRESETS)}"
+        )
     budget_tokens = ours.get("budget_tokens")
     if budget_tokens is not None and (
         type(budget_tokens) is not int or not min_budget_tokens <= budget_tokens <= 1 << 20
@@ -51,7 +54,15 @@ def parse_options(
             f"vllm_xargs.budget_tokens is {budget_tokens!r}; it must be a whole number between "
             f"{min_budget_tokens} and {1 << 20}"
         )
-    return RowOptions(is_dense=sparse == "off", budget_tokens=budget_tokens)
+    if sparse in ("off", *PRESETS) and budget_tokens is not None:
+        raise ValueError(f"vllm_xargs has budget_tokens and sparse = {sparse}: give one of them")
+    return _options_of(ours)
+
+
+def _options_of(extra_args: Mapping[str, Any]) -> RowOptions:
+    """Options from arguments that ``parse_options`` accepted."""
+    sparse = extra_args.get("sparse", "on")
+    return RowOptions(sparse == "off", extra_args.get("budget_tokens"), PRESETS.get(sparse, 1.0))
 
 
 class RequestBook:
@@ -69,10 +80,7 @@ class RequestBook:
             params = request.sampling_params
             extra_args = params.extra_args if params is not None else None
             if extra_args and any(key in extra_args for key in KEYS):
-                self._by_id[request.req_id] = RowOptions(
-                    is_dense=extra_args.get("sparse") == "off",
-                    budget_tokens=extra_args.get("budget_tokens"),
-                )
+                self._by_id[request.req_id] = _options_of(extra_args)
 
     def of_rows(self, num_rows: int) -> dict[int, RowOptions]:
         """Options by row index, for the first rows of the batch about to run."""

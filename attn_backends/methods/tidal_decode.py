@@ -14,17 +14,13 @@ Selection is made again in every step.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
-from attn_backends.config import ConfigError, MethodConfig
+from attn_backends.budget import BudgetConfig, BudgetSelector
+from attn_backends.config import ConfigError
 from attn_backends.method import Capabilities, Geometry, SparseMethod
-from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
+from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.profile import Profile, load_profile, shipped_profile
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -34,105 +30,14 @@ FALLBACK_ANCHOR_STRIDE = 2
 
 
 @dataclass(frozen=True)
-class TidalConfig(MethodConfig):
+class TidalConfig(BudgetConfig):
     """Settings of TIDAL_DECODE.
 
     Attributes:
-        budget_tokens: tokens that a KV head reads in a reuse layer, in whole KV blocks,
-            forced blocks included.
-        sink_tokens: first tokens that are always read.
-        recent_tokens: last tokens that are always read; at least the current block is.
-        min_context_tokens: rows up to this length are served dense, and counted so.
         profile: path of a profile, or ``auto`` for the one shipped for this model.
-
-    Raises:
-        ConfigError: a value out of its range.
     """
 
-    budget_tokens: int = 512
-    sink_tokens: int = 32
-    recent_tokens: int = 64
-    min_context_tokens: int = 1024
     profile: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        lowest = {"budget_tokens": 1, "sink_tokens": 0, "recent_tokens": 0}
-        for field, bound in (lowest | {"min_context_tokens": 0}).items():
-            value = getattr(self, field)
-            if not bound <= value <= 1 << 20:
-                raise ConfigError(
-                    f"vllm_ext.{field} is {value}; it must be between {bound} and {1 << 20} tokens"
-                )
-        forced_tokens = self.sink_tokens + self.recent_tokens
-        if self.budget_tokens < forced_tokens:
-            raise ConfigError(
-                f"vllm_ext.budget_tokens is {self.budget_tokens}, less than sink_tokens + "
-                f"recent_tokens = {forced_tokens}; raise the budget or lower those"
-            )
-
-
-class TidalSelector:
-    """Owns the selection that anchors fill and reuse layers read."""
-
-    def __init__(self, config: TidalConfig, geometry: Geometry, device: torch.device) -> None:
-        self._config = config
-        self._block_size = block_size = geometry.block_size
-        self._budget_blocks = -(-config.budget_tokens // block_size)
-        self._sink_blocks = -(-config.sink_tokens // block_size)
-        self._recent_blocks = -(-config.recent_tokens // block_size)
-        self._max_blocks = -(-geometry.max_model_len // block_size)
-        shape = (geometry.max_num_reqs, geometry.num_kv_heads, self._max_blocks)
-        self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
-        self._mass = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._budgets = torch.zeros(shape[0], dtype=torch.int32, device=device)
-
-    def select(self, batch: PagedBatch) -> BlockSelection:
-        """See ``Selector.select``: the buffers that anchors will fill."""
-        rows = batch.num_reqs
-        return BlockSelection(self._blocks[:rows], self._counts[:rows])
-
-    def anchor_state(
-        self, batch: PagedBatch, options: Mapping[int, RowOptions]
-    ) -> AnchorState | None:
-        """See ``Selector.anchor_state``; short and dense rows get a budget for everything."""
-        rows = batch.num_reqs
-        budgets = self._budgets[:rows]
-        budgets.fill_(self._budget_blocks)
-        for row, row_options in options.items():
-            budgets[row] = self._budget_of(row_options)
-        is_short = batch.seq_lens <= self._config.min_context_tokens
-        budgets.masked_fill_(is_short, self._max_blocks)
-        return AnchorState(self._mass[:rows], budgets, self._sink_blocks, self._recent_blocks)
-
-    def span_rule(self, num_reqs: int) -> SpanRule | None:
-        """See ``Selector.span_rule``: all tokens of a selected block count."""
-        return None
-
-    def _budget_of(self, options: RowOptions) -> int:
-        if options.is_dense:
-            return self._max_blocks
-        if options.budget_tokens is None:
-            return self._budget_blocks
-        return min(self._max_blocks, -(-options.budget_tokens // self._block_size))
-
-    def row_reasons(
-        self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
-    ) -> dict[tuple[str, str], int]:
-        """See ``Selector.row_reasons``."""
-        counts: Counter[tuple[str, str]] = Counter()
-        for row, seq_len in enumerate(seq_lens_cpu.tolist()):
-            row_options = options.get(row, RowOptions())
-            if row_options.is_dense:
-                counts["dense", "request_off"] += 1
-            elif seq_len <= self._config.min_context_tokens:
-                counts["dense", "short_context"] += 1
-            elif seq_len <= self._budget_of(row_options) * self._block_size:
-                counts["sparse", "everything_kept"] += 1
-            else:
-                counts["sparse", "selected"] += 1
-        return dict(counts)
 
 
 def _resolve_profile(config: TidalConfig, geometry: Geometry) -> Profile | None:
@@ -175,7 +80,7 @@ METHOD = SparseMethod(
     paper="TidalDecode, arXiv 2410.05076; Kascade, arXiv 2512.16391",
     config_cls=TidalConfig,
     schedule=_schedule,
-    make_selector=TidalSelector,
+    make_selector=BudgetSelector,
     capabilities=Capabilities(
         reads="everything in dense and anchor layers, budget_tokens in the others; decode only",
         frees="nothing",

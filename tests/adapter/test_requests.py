@@ -18,6 +18,7 @@ def test_options_are_read_and_others_left_alone() -> None:
     assert parse_options(None, TIDAL, 96) is None
     assert parse_options({"other": 1}, TIDAL, 96) is None
     assert parse_options({"sparse": "off"}, TIDAL, 96) == RowOptions(is_dense=True)
+    assert parse_options({"sparse": "fast"}, TIDAL, 96) == RowOptions(budget_factor=0.5)
     assert parse_options({"budget_tokens": 96}, TIDAL, 96) == RowOptions(budget_tokens=96)
 
 
@@ -26,6 +27,8 @@ def test_options_are_read_and_others_left_alone() -> None:
     [
         ({"sparse": "maybe"}, "'maybe'"),
         ({"sparse": 0}, "sparse is 0"),
+        ({"sparse": ["off"]}, "one of on, off, fast, accurate"),
+        ({"sparse": "off", "budget_tokens": 512}, "give one of them"),
         ({"budget_tokens": 95}, "between 96 and"),
         ({"budget_tokens": -1}, "budget_tokens is -1"),
         ({"budget_tokens": "512"}, "'512'"),

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from attn_backends.batch import PagedBatch, RowOptions
+from attn_backends.budget import BudgetSelector
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
-from attn_backends.methods.tidal_decode import METHOD, TidalConfig, TidalSelector
+from attn_backends.methods.tidal_decode import METHOD, TidalConfig
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.profile import Profile, fingerprint, load_profile, shipped_profile
 
@@ -102,41 +103,65 @@ def test_missing_broken_and_foreign_profiles_are_refused(tmp_path: Path) -> None
         ({"budget_tokens": -1}, "budget_tokens is -1"),
         ({"budget_tokens": 64}, "less than sink_tokens"),
         ({"recent_tokens": -3}, "recent_tokens is -3"),
+        ({"budget_fraction": 1.5}, "budget_fraction is 1.5"),
     ],
 )
-def test_impossible_budgets_are_refused(settings: dict[str, int], words: str) -> None:
+def test_impossible_budgets_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        TidalConfig(**settings)  # type: ignore[arg-type]
+        TidalConfig(**settings)
+
+
+def _batch(seq_lens: list[int]) -> PagedBatch:
+    rows = len(seq_lens)
+    return PagedBatch(
+        query_start_loc=torch.arange(rows + 1, dtype=torch.int32),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        block_table=torch.zeros(rows, 128, dtype=torch.int32),
+        num_reqs=rows,
+        num_tokens=rows,
+        max_query_len=1,
+        max_seq_len=max(seq_lens),
+    )
+
+
+def _budgets(config: TidalConfig, seq_lens: list[int], options: dict[int, RowOptions]) -> list[int]:
+    selector = BudgetSelector(config, GEOMETRY, torch.device("cpu"))
+    anchor = selector.anchor_state(_batch(seq_lens), options)
+    assert anchor is not None
+    assert (anchor.sink_blocks, anchor.recent_blocks) == (1, 2)
+    return anchor.budget_blocks.tolist()
 
 
 def test_budgets_by_row_and_reasons() -> None:
     config = TidalConfig(budget_tokens=512, min_context_tokens=1000)
-    selector = TidalSelector(config, GEOMETRY, torch.device("cpu"))
-    seq_lens = torch.tensor([1000, 1001, 4000], dtype=torch.int32)
-    batch = PagedBatch(
-        query_start_loc=torch.arange(4, dtype=torch.int32),
-        seq_lens=seq_lens,
-        block_table=torch.zeros(3, 128, dtype=torch.int32),
-        num_reqs=3,
-        num_tokens=3,
-        max_query_len=1,
-        max_seq_len=4000,
-    )
-    anchor = selector.anchor_state(batch, {})
-    assert anchor is not None
-    assert anchor.budget_blocks.tolist() == [128, 16, 16]
-    assert (anchor.sink_blocks, anchor.recent_blocks) == (1, 2)
-    reasons = selector.row_reasons(seq_lens, {})
-    assert reasons == {("dense", "short_context"): 1, ("sparse", "selected"): 2}
+    seq_lens = [1000, 1001, 4000]
+    assert _budgets(config, seq_lens, {}) == [128, 16, 16]
     options = {1: RowOptions(is_dense=True), 2: RowOptions(budget_tokens=4096)}
-    anchor = selector.anchor_state(batch, options)
-    assert anchor is not None
-    assert anchor.budget_blocks.tolist() == [128, 128, 128]
-    assert selector.row_reasons(seq_lens, options) == {
+    assert _budgets(config, seq_lens, options) == [128, 128, 128]
+    selector = BudgetSelector(config, GEOMETRY, torch.device("cpu"))
+    reasons = selector.row_reasons(torch.tensor(seq_lens), {})
+    assert reasons == {("dense", "short_context"): 1, ("sparse", "selected"): 2}
+    assert selector.row_reasons(torch.tensor(seq_lens), options) == {
         ("dense", "short_context"): 1,
         ("dense", "request_off"): 1,
         ("sparse", "everything_kept"): 1,
     }
+
+
+def test_a_share_of_the_context_is_a_budget_unless_a_request_says_its_own() -> None:
+    config = TidalConfig(budget_tokens=512, budget_fraction=0.25)
+    seq_lens = [1600, 3200, 3200, 3200]
+    options = {2: RowOptions(budget_tokens=256), 3: RowOptions(budget_factor=0.5)}
+    assert _budgets(config, seq_lens, options) == [16, 25, 8, 13]
+    everything = TidalConfig(budget_fraction=1.0)
+    assert _budgets(everything, [4000], {}) == [125]
+    selector = BudgetSelector(everything, GEOMETRY, torch.device("cpu"))
+    assert selector.row_reasons(torch.tensor([4000]), {}) == {("sparse", "everything_kept"): 1}
+
+
+def test_a_preset_never_undercuts_the_forced_blocks() -> None:
+    config = TidalConfig(budget_tokens=96)
+    assert _budgets(config, [4000], {0: RowOptions(budget_factor=0.5)}) == [3]
 
 
 def test_reuse_needs_an_anchor_before_it() -> None:

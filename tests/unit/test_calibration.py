@@ -3,49 +3,52 @@
 from __future__ import annotations
 
 import itertools
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from attn_backends.plan import LayerRole
-from vllm_ext.calibration.data import FORCED_TOKENS, Example, make_examples
+from vllm_ext.calibration.data import Example, Sizes, make_examples
 from vllm_ext.calibration.probe import Budget, Probe
 from vllm_ext.calibration.search import (
     Verdict,
     best_anchor_sets,
+    layer_errors,
     make_schedule,
     record,
     search,
-    similarity,
     verify,
 )
+from vllm_ext.cli.profile import State
 
 
 def test_dynamic_programming_finds_what_brute_force_finds() -> None:
     torch.manual_seed(1)
-    scores, first, count = torch.rand(9, 9), 2, 3
+    costs, first, count = torch.rand(9, 9), 2, 3
 
-    def value(anchors: tuple[int, ...]) -> float:
+    def cost(anchors: tuple[int, ...]) -> float:
         total = 0.0
         for layer in range(first, 9):
             anchor = max(a for a in anchors if a <= layer)
-            total += 0.0 if anchor == layer else float(scores[anchor, layer])
+            total += 0.0 if anchor == layer else float(costs[anchor, layer])
         return total
 
     sets = [(first, *rest) for rest in itertools.combinations(range(first + 1, 9), count - 1)]
-    expected = sorted(sets, key=value, reverse=True)[:4]
-    assert best_anchor_sets(scores, count, first, 4) == expected
+    assert best_anchor_sets(costs, count, first, 4) == sorted(sets, key=cost)[:4]
+    assert best_anchor_sets(costs, 8, first, 4) == []  # more anchors than layers
 
 
 def test_search_moves_anchors_while_that_helps() -> None:
     def judge(anchors: tuple[int, ...]) -> Verdict:
-        return Verdict(anchors, abs(anchors[1] - 7) * 0.1, 0.0, 1.0)
+        return Verdict(anchors, abs(anchors[1] - 7) * 0.1, 0.0, 1.0, 1.0)
 
-    best, seen = search([(2, 4)], 12, judge, 50, lambda line: None)
+    best, seen = search([(2, 4)], 12, judge, 50)
     assert best.anchors == (2, 7)
     assert len({verdict.anchors for verdict in seen}) == len(seen)
-    _, few = search([(2, 4)], 12, judge, 3, lambda line: None)
+    _, few = search([(2, 4)], 12, judge, 3)
     assert len(few) == 3
 
 
@@ -73,9 +76,13 @@ def model(probe: Probe) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+FORCED_TOKENS = 10
+
+
 def _example(num_tokens: int = 200) -> Example:
     source = torch.Generator().manual_seed(3)
-    return Example("text", torch.randint(0, 211, (num_tokens,), generator=source).tolist())
+    ids = torch.randint(0, 211, (num_tokens,), generator=source).tolist()
+    return Example("text", ids, FORCED_TOKENS)
 
 
 def test_the_probe_attends_like_the_model_itself(model: Any, probe: Probe) -> None:
@@ -88,27 +95,53 @@ def test_the_probe_attends_like_the_model_itself(model: Any, probe: Probe) -> No
     torch.testing.assert_close(probed, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_recorded_mass_is_a_share_of_every_head(model: Any, probe: Probe) -> None:
+def test_errors_of_reuse_are_those_of_attention_under_the_selection(
+    model: Any, probe: Probe
+) -> None:
+    example = _example()
+    errors = record(model, probe, example).errors
+    assert errors.shape == (4, 4, 2, 2)
+    assert errors[3, 1].isinf().all()
+    assert errors[1, 3].isfinite().all()
+    costs = layer_errors(errors)
+    everything = Probe(Budget(16, 100, 1, 1))
+    probe.budget, small = everything.budget, probe.budget
+    full = record(model, probe, example).errors
+    probe.budget = small
+    assert float(full[full.isfinite()].max()) < 1e-9
+    assert float(costs[0, 1]) > 1e-6
+
+
+def test_a_chunk_under_a_schedule_equals_its_tokens_one_by_one(model: Any, probe: Probe) -> None:
     recording = record(model, probe, _example())
-    sums = recording.mass.sum(-1)  # one per query head of the group
-    torch.testing.assert_close(sums, torch.full_like(sums, 3.0), atol=1e-4, rtol=1e-4)
-    pairs = similarity(recording, probe)
-    own = torch.stack([pairs[layer, layer].diagonal() for layer in range(4)])
-    torch.testing.assert_close(own, torch.ones_like(own))
-    assert float(pairs.max()) <= 1 + 1e-4
+    probe.schedule = make_schedule((1,), recording.errors, first_layer=1)
+    ids = torch.tensor([recording.example.ids[-FORCED_TOKENS - 1 : -1]])
+
+    def run(chunks: list[torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            logits = [
+                model(input_ids=chunk, past_key_values=recording.cache, use_cache=True).logits[0]
+                for chunk in chunks
+            ]
+        recording.cache.crop(-FORCED_TOKENS)
+        return torch.cat(logits)
+
+    together, single = run([ids]), run(list(ids.split(1, dim=1)))
+    probe.schedule = None
+    torch.testing.assert_close(together, single, atol=1e-5, rtol=1e-4)
 
 
 def test_a_full_budget_is_dense_and_a_small_one_is_not(model: Any, probe: Probe) -> None:
     recording = record(model, probe, _example())
-    pairs = similarity(recording, probe)
-    schedule = make_schedule((1,), pairs, first_layer=1)
+    schedule = make_schedule((1,), recording.errors, first_layer=1)
     assert [role is LayerRole.REUSE for role in schedule.roles] == [False, False, True, True]
     small = verify(model, probe, schedule, [recording])
     assert recording.cache.get_seq_length() == 200 - FORCED_TOKENS - 1
-    probe.budget = Budget(16, 100, 1, 1)
+    probe.budget, kept = Budget(16, 100, 1, 1), probe.budget
     full = verify(model, probe, schedule, [recording])
+    probe.budget = kept
     assert abs(full.kl_text) < 1e-5
-    assert full.agreement == 1.0
+    assert full.agreement_text == 1.0
     assert small.kl_text > 10 * abs(full.kl_text)
 
 
@@ -116,7 +149,24 @@ def test_examples_are_the_same_for_the_same_seed() -> None:
     def tokenizer(text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
 
-    first = make_examples(tokenizer, 7, None, 800, 2)
-    assert first == make_examples(tokenizer, 7, None, 800, 2)
-    assert first != make_examples(tokenizer, 8, None, 800, 2)
-    assert [example.kind for example in first] == ["retrieval"] * 2 + ["text"] * 2
+    sizes = Sizes(800, 2)
+    first = make_examples(tokenizer, 7, None, sizes)
+    assert first == make_examples(tokenizer, 7, None, sizes)
+    assert first != make_examples(tokenizer, 8, None, sizes)
+    assert [example.kind for example in first] == ["retrieval", "text"] * 2
+    for example in first:
+        assert len(example.ids) <= 800 + 200
+        assert example.forced_tokens < len(example.ids)
+
+
+def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    args = Namespace(model=str(tmp_path), output=tmp_path / "out" / "p.json", seed=3)
+    verdict = Verdict((2, 5), 0.1, 0.2, 0.9, 0.8)
+    State(args).keep(verdict)
+    assert State(args).recall((2, 5)) == verdict
+    assert State(args).recall((2, 6)) is None
+    other = Namespace(model=str(tmp_path), output=args.output, seed=4)
+    assert State(other).recall((2, 5)) is None
+    State(args).forget()
+    assert State(args).recall((2, 5)) is None

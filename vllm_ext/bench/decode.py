@@ -12,17 +12,14 @@ import os
 import platform
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_backends.methods import REGISTRY
-from vllm_ext.bench.arm import MARK
-from vllm_ext.errors import UserError
+from attn_backends.config import known_settings
+from attn_backends.methods import REGISTRY, load_method
+from vllm_ext.engine_process import EngineProcess
 from vllm_ext.plugin import DISABLE_ENV, vllm_version
 
 STOCK = "stock"  # extension switched off
@@ -30,81 +27,52 @@ INSTALLED = "installed"  # extension active, no method chosen
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What is timed."""
+class Cell:
+    """One load: requests at once, tokens of context each."""
 
-    model: str
     batch: int
     context_tokens: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed: all arms in every cell."""
+
+    model: str
+    cells: tuple[Cell, ...]
+    is_eager: bool = False
     short_tokens: int = 8
     long_tokens: int = 40
     rounds: int = 7
     seed: int = 0
 
 
-class Arm:
-    """A running engine of one kind.
+def start_arm(name: str, workload: Workload, settings: dict[str, Any]) -> EngineProcess:
+    """The engine of one side of the comparison, large enough for every cell.
+
+    Args:
+        name: ``stock``, ``installed`` or a method's name.
+        workload: what it must hold.
+        settings: ours; those that the method does not know are not given to it.
 
     Raises:
-        UserError: the engine did not start; the message has the end of its log.
+        UserError: it did not start; the message has the end of its log.
     """
-
-    def __init__(self, name: str, workload: Workload, settings: dict[str, Any]) -> None:
-        self.name = name
-        options = {
-            "model": workload.model,
-            "attention_backend": name if name in REGISTRY else None,
-            "additional_config": {"vllm_ext": settings} if name in REGISTRY and settings else {},
-            "max_model_len": workload.context_tokens + workload.long_tokens + 64,
-            "batch": workload.batch,
-            "kv_bytes": _kv_bytes(workload),
-        }
-        env = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
-        env.pop(DISABLE_ENV, None)
-        if name == STOCK:
-            env[DISABLE_ENV] = "1"
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_ext.bench.arm", json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=env,
-        )
-        self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
-                return answer
-        self._log.seek(0)
-        tail = "".join(self._log.readlines()[-25:])
-        raise UserError(f"the {self.name} engine ended; the end of its log:\n{tail}")
-
-    def generate(self, prompts: list[list[int]], max_tokens: int) -> float:
-        """Seconds to generate ``max_tokens`` for every prompt."""
-        assert self._process.stdin is not None
-        print(
-            json.dumps({"prompts": prompts, "max_tokens": max_tokens}),
-            file=self._process.stdin,
-            flush=True,
-        )
-        answer = self._answer()
-        assert answer["tokens"] == max_tokens * len(prompts)
-        return float(answer["seconds"])
-
-    def close(self) -> None:
-        """Stops the engine."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._log.close()
+    engine = {
+        "model": workload.model,
+        "max_model_len": max(c.context_tokens for c in workload.cells) + workload.long_tokens + 64,
+        "max_num_seqs": max(cell.batch for cell in workload.cells),
+        "kv_cache_memory_bytes": _kv_bytes(workload),
+        "enable_prefix_caching": True,
+        "skip_tokenizer_init": True,
+        "enforce_eager": workload.is_eager,
+        "seed": 0,
+    }
+    if name in REGISTRY:
+        own = known_settings(load_method(name).config_cls, settings)
+        engine |= {"attention_backend": name}
+        engine |= {"additional_config": {"vllm_ext": own}} if own else {}
+    return EngineProcess(name, engine, {DISABLE_ENV: "1" if name == STOCK else None})
 
 
 def _kv_bytes(workload: Workload) -> int:
@@ -113,29 +81,32 @@ def _kv_bytes(workload: Workload) -> int:
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     token_bytes = config["num_hidden_layers"] * 2 * heads * head_size * 2
     # Two blocks of 128 tokens of slack per request, and one for the null block.
-    tokens = (workload.context_tokens + workload.long_tokens + 256) * workload.batch + 256
+    tokens = max(
+        (cell.context_tokens + workload.long_tokens + 256) * cell.batch + 256
+        for cell in workload.cells
+    )
     return int(tokens * token_bytes)
 
 
-def _prompts(workload: Workload) -> list[list[int]]:
-    source = random.Random(workload.seed)
+def _prompts(workload: Workload, cell: Cell) -> list[list[int]]:
+    source = random.Random(f"{workload.seed} {cell}")
     return [
-        [source.randrange(100, 40_000) for _ in range(workload.context_tokens)]
-        for _ in range(workload.batch)
+        [source.randrange(100, 40_000) for _ in range(cell.context_tokens)]
+        for _ in range(cell.batch)
     ]
 
 
-def tpot_ms(arm: Arm, prompts: list[list[int]], workload: Workload) -> float:
+def tpot_ms(arm: EngineProcess, prompts: list[list[int]], workload: Workload) -> float:
     """Milliseconds per decode step, prefill and start-up cost cancelled out."""
-    short = arm.generate(prompts, workload.short_tokens)
-    long = arm.generate(prompts, workload.long_tokens)
-    return 1000 * (long - short) / (workload.long_tokens - workload.short_tokens)
+    short = arm.generate(prompts, workload.short_tokens)["seconds"]
+    long = arm.generate(prompts, workload.long_tokens)["seconds"]
+    return 1000 * float(long - short) / (workload.long_tokens - workload.short_tokens)
 
 
 def run(
     workload: Workload, arm_names: list[str], settings: dict[str, Any], echo: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Times all arms.
+    """Times all arms in all cells.
 
     Args:
         workload: what to time.
@@ -144,24 +115,20 @@ def run(
         echo: progress lines go here.
 
     Returns:
-        Per arm the TPOTs of all rounds, their median and spread, and the ratio to the
+        Per cell and arm the TPOTs of all rounds, their median and spread, and the ratio to the
         baseline of the same round; plus workload and machine.
     """
-    prompts = _prompts(workload)
-    arms = []
-    samples: dict[str, list[float]] = {name: [] for name in arm_names}
+    arms: list[EngineProcess] = []
+    cells = []
     try:
         for name in arm_names:
-            echo(f"{name}: starting and priming {workload.batch} x {workload.context_tokens} ...")
-            arms.append(Arm(name, workload, settings))
-            arms[-1].generate(prompts, 1)
-        for round_number in range(workload.rounds):
-            # A rotating order: no arm always runs first after another.
-            shift = round_number % len(arms)
-            for arm in arms[shift:] + arms[:shift]:
-                samples[arm.name].append(tpot_ms(arm, prompts, workload))
-            line = ", ".join(f"{name} {values[-1]:.1f}" for name, values in samples.items())
-            echo(f"round {round_number + 1} of {workload.rounds}: TPOT ms {line}")
+            echo(f"{name}: starting ...")
+            arms.append(start_arm(name, workload, settings))
+        for cell in workload.cells:
+            samples = _time_cell(workload, cell, arms, echo)
+            baseline = samples[arm_names[0]]
+            figures = {name: _summary(samples[name], baseline) for name in arm_names}
+            cells.append(asdict(cell) | {"arms": figures})
     finally:
         for arm in arms:
             arm.close()
@@ -169,8 +136,28 @@ def run(
         "workload": asdict(workload),
         "settings": settings,
         "machine": machine(),
-        "arms": {name: _summary(samples[name], samples[arm_names[0]]) for name in arm_names},
+        "cells": cells,
     }
+
+
+def _time_cell(
+    workload: Workload, cell: Cell, arms: list[EngineProcess], echo: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """TPOT in milliseconds of every round, by arm."""
+    title = f"{cell.batch} x {cell.context_tokens}"
+    prompts = _prompts(workload, cell)
+    samples: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for arm in arms:
+        echo(f"{title}: priming {arm.name} ...")
+        arm.generate(prompts, 1)
+    for round_number in range(workload.rounds):
+        # A rotating order: no arm always runs first after another.
+        shift = round_number % len(arms)
+        for arm in arms[shift:] + arms[:shift]:
+            samples[arm.name].append(tpot_ms(arm, prompts, workload))
+        line = ", ".join(f"{name} {values[-1]:.1f}" for name, values in samples.items())
+        echo(f"{title}: round {round_number + 1} of {workload.rounds}: TPOT ms {line}")
+    return samples
 
 
 def _summary(values: list[float], baseline: list[float]) -> dict[str, Any]:
@@ -203,16 +190,62 @@ def markdown(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
     work, info = result["workload"], result["machine"]
     lines = [
-        f"Decode, {work['batch']} x {work['context_tokens']} distinct tokens, "
-        f"{Path(work['model']).name}, {work['rounds']} alternating rounds, {info['cpu']}, "
-        f"vLLM {info['vllm']}.",
+        f"Decode, distinct random contexts, {Path(work['model']).name}, {work['rounds']} "
+        f"alternating rounds, {'eager' if work['is_eager'] else 'compiled'}, {info['cpu']}, "
+        f"vLLM {info['vllm']}, GPU: {info['gpu']}.",
         "",
-        "| arm | TPOT ms (median) | TPOT / first arm (median) | spread |",
-        "|---|---|---|---|",
+        "| requests x context | arm | TPOT ms (median) | TPOT / first arm (median) | spread | "
+        "first arm / this |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {arm['tpot_ms_median']:.1f} | {arm['ratio_median']:.3f} "
-        f"| {arm['ratio_min']:.3f} to {arm['ratio_max']:.3f} |"
-        for name, arm in result["arms"].items()
+        f"| {cell['batch']} x {cell['context_tokens']} | {name} | {arm['tpot_ms_median']:.1f} "
+        f"| {arm['ratio_median']:.3f} | {arm['ratio_min']:.3f} to {arm['ratio_max']:.3f} "
+        f"| {1 / arm['ratio_median']:.2f} |"
+        for cell in result["cells"]
+        for name, arm in cell["arms"].items()
     ]
     return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> bool:
+    """Draws the speed-up over the first arm against the context: where it pays and where not.
+
+    Returns:
+        False when matplotlib is not installed, or there is only one context to show.
+    """
+    cells = result["cells"]
+    if len({cell["context_tokens"] for cell in cells}) < 2:
+        return False
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=120)
+    first, *others = cells[0]["arms"]
+    for batch in sorted({cell["batch"] for cell in cells}):
+        row = sorted((c for c in cells if c["batch"] == batch), key=lambda c: c["context_tokens"])
+        contexts = [cell["context_tokens"] for cell in row]
+        for name in others:
+            arms = [cell["arms"][name] for cell in row]
+            middle = [1 / arm["ratio_median"] for arm in arms]
+            spread = [
+                [m - 1 / arm["ratio_max"] for m, arm in zip(middle, arms, strict=True)],
+                [1 / arm["ratio_min"] - m for m, arm in zip(middle, arms, strict=True)],
+            ]
+            label = f"{name}, {batch} at once"
+            axes.errorbar(contexts, middle, yerr=spread, marker="o", capsize=3, label=label)
+    axes.axhline(1, color="grey", linestyle="--", label=first)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({cell["context_tokens"] for cell in cells}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set(xlabel="context, tokens", ylabel=f"TPOT of {first} / TPOT", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+    return True

@@ -8,58 +8,100 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORCED_TOKENS = 10  # decode steps that are compared per prompt
-_SUBJECTS = ("pass key", "access code", "locker number", "ticket number", "vault code")
+TEXT_FORCED_TOKENS = 64  # decode steps compared per text example
+_QUESTION_FORCED_TOKENS = 4  # before a retrieval answer: the question must not drift either
+_SUBJECTS = (
+    "pass key",
+    "access code",
+    "locker number",
+    "ticket number",
+    "vault code",
+    "serial number of the red pump",
+    "phone extension of the night desk",
+)
+_WORDS = ("harbour", "violet", "copper", "lantern", "meadow", "falcon", "granite", "walnut")
 _FILLERS = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ",
     "Rain fell on the harbour all morning. The boats stayed in. People read the papers twice. ",
 )
+_CODE = ("argparse", "asyncio/tasks", "doctest", "email/message", "pickletools", "typing")
+_PROSE = ("pydoc_data/topics",)
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids; the last ``FORCED_TOKENS`` are decoded step by step."""
+    """Token ids; the last ``forced_tokens`` are decoded step by step."""
 
     kind: str  # "retrieval" or "text"
     ids: list[int]
+    forced_tokens: int
 
 
-def corpus(path: Path | None) -> str:
-    """Natural English and code: a file of the user's, or the standard library's modules."""
+@dataclass(frozen=True)
+class Sizes:
+    """How many prompts, and how long."""
+
+    context_tokens: int  # the longest
+    examples: int  # of each kind
+
+
+def corpora(path: Path | None) -> list[str]:
+    """Texts to cut examples from: a file of the user's, or the standard library's code and its
+    language reference (code and prose count the same).
+    """
     if path is not None:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return [path.read_text(encoding="utf-8", errors="replace")]
     library = Path(sysconfig.get_paths()["stdlib"])
-    names = ("argparse", "asyncio/tasks", "doctest", "email/message", "pickletools", "typing")
-    return "\n".join((library / f"{name}.py").read_text() for name in names)
+    return [
+        "\n".join((library / f"{name}.py").read_text(encoding="utf-8") for name in names)
+        for names in (_CODE, _PROSE)
+    ]
 
 
-def retrieval_example(tokenizer: Any, source: random.Random, num_tokens: int) -> Example:
-    """A needle at a random depth, asked for at the end, its answer following."""
-    subject, filler = source.choice(_SUBJECTS), source.choice(_FILLERS)
-    code = str(source.randrange(10_000, 99_999))
-    needle = f"The {subject} is {code}. Remember it. {code} is the {subject}. "
-    question = f"What is the {subject}? The {subject} is {code}. Remember it."
-    per_filler = len(tokenizer(filler)["input_ids"])
-    num_fillers = max(2, (num_tokens - 80) // per_filler)
-    before = int(num_fillers * source.uniform(0.02, 0.9))
-    text = filler * before + needle + filler * (num_fillers - before) + question
-    return Example("retrieval", tokenizer(text)["input_ids"])
+def retrieval_example(
+    tokenizer: Any, source: random.Random, num_tokens: int, haystack: list[int] | None
+) -> Example:
+    """A needle at a random depth, asked for at the end, its answer following.
+
+    Args:
+        tokenizer: of the model.
+        source: of randomness.
+        num_tokens: about how long.
+        haystack: tokens to hide it in, or None for repeated filler sentences.
+    """
+    subject = source.choice(_SUBJECTS)
+    answer = source.choice((str(source.randrange(10_000, 99_999)), source.choice(_WORDS)))
+    needle = f"\nThe {subject} is {answer}. Remember it. {answer} is the {subject}.\n"
+    question = tokenizer(f"\nWhat is the {subject}? The {subject} is")["input_ids"]
+    answer_ids = tokenizer(f" {answer}.")["input_ids"]
+    if haystack is None:
+        filler = tokenizer(source.choice(_FILLERS))["input_ids"]
+        haystack = filler * (num_tokens // len(filler) + 1)
+    start = source.randrange(max(1, len(haystack) - num_tokens))
+    hay = haystack[start : start + max(1, num_tokens - 60)]
+    before = int(len(hay) * source.uniform(0.02, 0.95))
+    ids = hay[:before] + tokenizer(needle)["input_ids"] + hay[before:] + question + answer_ids
+    return Example("retrieval", ids, len(answer_ids) + _QUESTION_FORCED_TOKENS)
 
 
 def text_example(ids: list[int], source: random.Random, num_tokens: int) -> Example:
-    """A stretch of the corpus."""
+    """A stretch of a corpus."""
     start = source.randrange(max(1, len(ids) - num_tokens))
-    return Example("text", ids[start : start + num_tokens])
+    return Example("text", ids[start : start + num_tokens], TEXT_FORCED_TOKENS)
 
 
 def make_examples(
-    tokenizer: Any, seed: int, corpus_path: Path | None, num_tokens: int, num_each: int
+    tokenizer: Any, seed: int, corpus_path: Path | None, sizes: Sizes
 ) -> list[Example]:
-    """Equal numbers of retrieval and text examples, the same for the same seed."""
+    """Retrieval and text examples by turns, of half to full length; the same for the same seed."""
     source = random.Random(seed)
-    ids = tokenizer(corpus(corpus_path))["input_ids"]
-    retrieval = [
-        retrieval_example(tokenizer, source, source.randrange(num_tokens // 2, num_tokens))
-        for _ in range(num_each)
-    ]
-    return retrieval + [text_example(ids, source, num_tokens) for _ in range(num_each)]
+    texts = [tokenizer(text)["input_ids"] for text in corpora(corpus_path)]
+    examples = []
+    for number in range(sizes.examples):
+        lengths = [
+            source.randrange(sizes.context_tokens // 2, sizes.context_tokens) for _ in range(2)
+        ]
+        haystack = texts[number // 2 % len(texts)] if number % 2 else None
+        examples.append(retrieval_example(tokenizer, source, lengths[0], haystack))
+        examples.append(text_example(texts[number % len(texts)], source, lengths[1]))
+    return examples

@@ -1,12 +1,13 @@
-"""A transformers attention function that records attention mass, or simulates a schedule.
+"""A transformers attention function that measures errors of reuse, or simulates a schedule.
 
 Registered through transformers' ``AttentionInterface``: no model code is copied or patched.
-Batch 1. Prefill is dense; a single-token step follows the schedule under test.
+Batch 1. Prefill is dense; tokens after a cached prompt follow the schedule under test.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,17 +35,19 @@ class Probe:
     """State shared by the attention layers of one model.
 
     Attributes:
-        budget: blocks that reuse layers may read.
-        positions: query positions whose mass is recorded in the next prefill, or None.
-        mass: per layer ``[num_positions, num_kv_heads, num_blocks]``, filled by that prefill.
-        schedule: roles of single-token steps; None is dense.
+        budget: blocks that sparse layers may read.
+        observe: called by every layer of a prefill with its index and module, the queries
+            ``[num_query_heads, seq_len, head_size]``, keys and values ``[num_kv_heads, seq_len,
+            head_size]`` and the scale; None where nothing is recorded.
+        schedule: roles for query tokens after a cached prompt; None is dense. Every one of
+            them is treated as a decode step: it selects for itself and sees nothing later, so
+            that one pass over a chunk equals decoding its tokens one by one.
     """
 
     budget: Budget
-    positions: torch.Tensor | None = None
-    mass: dict[int, torch.Tensor] = field(default_factory=dict)
+    observe: Callable[..., None] | None = None
     schedule: LayerSchedule | None = None
-    _selection: BlockSelection | None = None
+    _visible_blocks: torch.Tensor | None = None  # [query_len, num_kv_heads, num_blocks]
 
     def attend(
         self,
@@ -63,95 +66,100 @@ class Probe:
         layer: int = module.layer_idx
         query_len, seq_len = query.shape[2], key.shape[2]
         mask = None
-        if query_len == 1 and self.schedule is not None:
-            mask = self._step_mask(layer, query, key, scale)
-        elif query_len != seq_len and query_len > 1:
-            first = seq_len - query_len
-            mask = torch.ones(query_len, seq_len, dtype=torch.bool).tril(first)[None, None]
-        if self.positions is not None and query_len == seq_len:
-            self.mass[layer] = self._positions_mass(query, key, scale)
+        if query_len != seq_len:
+            tokens = torch.arange(seq_len, device=key.device)
+            mask = (tokens <= tokens[-query_len:, None])[None, None]
+            if self.schedule is not None:
+                mask = mask & self._visible(layer, query[0], key[0], scale)
+        elif self.observe is not None:
+            self.observe(layer, module, query[0], key[0], value[0], scale)
         out = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None and query_len > 1,
-            scale=scale,
-            enable_gqa=True,
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
 
-    def block_mass(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-        """Block masses of query tokens that see all keys but their own future.
-
-        Args:
-            query: ``[num_query_heads, num_positions, head_size]``.
-            key: ``[num_kv_heads, seq_len, head_size]``.
-            scale: factor on the logits.
-
-        Returns:
-            ``[num_positions, num_kv_heads, num_blocks]``, summed over each group's heads.
-        """
-        num_kv_heads, seq_len = key.shape[:2]
-        # [num_kv_heads, group, num_positions, head_size]
-        grouped = query.reshape(num_kv_heads, -1, *query.shape[1:])
-        logits = torch.einsum("hgpd,htd->hgpt", grouped, key) * scale
-        if self.positions is not None:
-            future = torch.arange(seq_len) > self.positions[:, None]
-            logits = logits.masked_fill(future, -torch.inf)
-        weights = logits.softmax(-1).sum(1)
-        block_size = self.budget.block_size
-        weights = pad(weights, (0, -seq_len % block_size))
-        blocks = weights.reshape(*weights.shape[:2], -1, block_size)
-        return blocks.sum(-1).transpose(0, 1)
-
-    def _positions_mass(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-        assert self.positions is not None
-        return self.block_mass(query[0][:, self.positions], key[0], scale)
-
-    def _step_mask(
+    def _visible(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor:
+        """What the layer's role lets each query head see: ``[num_query_heads, query_len, seq_len]``
+        or, where that is everything, ``[1, 1, 1]``.
+        """
         assert self.schedule is not None
         role = self.schedule.roles[layer]
-        if role is LayerRole.ANCHOR:
-            mass = self.block_mass(query[0], key[0], scale)
-            self._selection = select_blocks(mass, [key.shape[2]], self.budget)
-        if role is not LayerRole.REUSE:
-            return None
-        selection = self._selection
-        assert selection is not None
-        num_kv_heads, seq_len = key.shape[1:3]
-        heads = self.schedule.head_maps.get(layer, tuple(range(num_kv_heads)))
-        num_blocks = -(-seq_len // self.budget.block_size)
-        visible = torch.zeros(num_kv_heads, num_blocks, dtype=torch.bool)
-        for head, source in enumerate(heads):
-            count = int(selection.counts[0, source])
-            visible[head, selection.logical_blocks[0, source, :count].long()] = True
-        tokens = visible.repeat_interleave(self.budget.block_size, dim=1)[:, :seq_len]
-        group = query.shape[1] // num_kv_heads
-        return tokens.repeat_interleave(group, dim=0)[None, :, None, :]
+        num_kv_heads, seq_len = key.shape[:2]
+        if role in (LayerRole.ANCHOR, LayerRole.SELF):
+            positions = torch.arange(seq_len - query.shape[1], seq_len, device=key.device)
+            weights = block_weights(query, key, positions, scale, self.budget.block_size)
+            self._visible_blocks = chosen_blocks(mass_of(weights), positions, self.budget)
+        if role in (LayerRole.DENSE, LayerRole.ANCHOR):
+            return torch.ones(1, 1, 1, dtype=torch.bool)
+        assert self._visible_blocks is not None
+        heads = list(self.schedule.head_maps.get(layer, range(num_kv_heads)))
+        blocks = self._visible_blocks[:, heads].transpose(0, 1)
+        tokens = blocks.repeat_interleave(self.budget.block_size, dim=2)[..., :seq_len]
+        return tokens.repeat_interleave(query.shape[0] // num_kv_heads, dim=0)
 
 
-def select_blocks(mass: torch.Tensor, seq_lens: list[int], budget: Budget) -> BlockSelection:
+def block_weights(
+    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, scale: float, block_size: int
+) -> torch.Tensor:
+    """Attention weights of query tokens that see all keys but their own future, by KV block.
+
+    Args:
+        query: ``[num_query_heads, num_positions, head_size]``.
+        key: ``[num_kv_heads, seq_len, head_size]``.
+        positions: ``[num_positions]`` of the query tokens.
+        scale: factor on the logits.
+        block_size: tokens per block; the last block is padded with zeros.
+
+    Returns:
+        ``[num_kv_heads, group, num_positions, num_blocks, block_size]``.
+    """
+    num_kv_heads, seq_len = key.shape[:2]
+    grouped = query.reshape(num_kv_heads, -1, *query.shape[1:])
+    logits = torch.einsum("hgpd,htd->hgpt", grouped, key) * scale
+    future = torch.arange(seq_len, device=key.device) > positions[:, None]
+    weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+    padded = pad(weights, (0, -seq_len % block_size))
+    return padded.reshape(*padded.shape[:-1], -1, block_size)
+
+
+def mass_of(weights: torch.Tensor) -> torch.Tensor:
+    """Selection masses ``[num_positions, num_kv_heads, num_blocks]`` from ``block_weights``:
+    summed over each group's heads, as ``anchor_decode`` does.
+    """
+    return weights.sum(-1).sum(1).transpose(0, 1).contiguous()
+
+
+def chosen_blocks(mass: torch.Tensor, positions: torch.Tensor, budget: Budget) -> torch.Tensor:
+    """Which blocks are selected, bool, shaped like ``mass``: ``[num_positions, heads, blocks]``."""
+    selection = select_blocks(mass, positions + 1, budget)
+    index = selection.logical_blocks.long()
+    num_blocks = mass.shape[2]
+    chosen = torch.zeros(*mass.shape[:2], num_blocks + 1, dtype=torch.bool, device=mass.device)
+    chosen.scatter_(2, torch.where(index < 0, num_blocks, index), True)
+    return chosen[..., :num_blocks]
+
+
+def select_blocks(mass: torch.Tensor, seq_lens: torch.Tensor, budget: Budget) -> BlockSelection:
     """The blocks the served method would select for these masses.
 
     Args:
         mass: ``[num_rows, num_kv_heads, num_blocks]``.
-        seq_lens: tokens of each row.
+        seq_lens: ``[num_rows]`` tokens.
         budget: blocks per KV head.
     """
     num_rows, num_kv_heads, num_blocks = mass.shape
     selection = BlockSelection(
-        torch.empty(num_rows, num_kv_heads, num_blocks, dtype=torch.int32),
-        torch.empty(num_rows, num_kv_heads, dtype=torch.int32),
+        mass.new_empty(num_rows, num_kv_heads, num_blocks, dtype=torch.int32),
+        mass.new_empty(num_rows, num_kv_heads, dtype=torch.int32),
     )
     reference = next(i for i in block_topk.implementations() if i.name == "reference")
     reference.run(
         mass.contiguous(),
-        torch.tensor(seq_lens, dtype=torch.int32),
+        seq_lens.to(torch.int32),
         budget.block_size,
-        torch.full((num_rows,), budget.budget_blocks, dtype=torch.int32),
+        mass.new_full((num_rows,), budget.budget_blocks, dtype=torch.int32),
         budget.sink_blocks,
         budget.recent_blocks,
         selection,

@@ -1,4 +1,4 @@
-"""``vllm-ext``: serve, methods, doctor, demo-model, profile, bench."""
+"""``vllm-ext``: serve, methods, doctor, demo-model, profile, eval, bench."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": ("vllm_ext.cli.doctor", "check this machine with a self-test decode"),
     "demo-model": ("vllm_ext.demo_model", "prepare the demo model"),
     "profile": ("vllm_ext.cli.profile", "calibrate TIDAL_DECODE for a checkpoint"),
+    "eval": ("vllm_ext.cli.eval", "fidelity of the methods against dense"),
     "bench": ("vllm_ext.cli.bench", "compare decode time with stock vLLM"),
 }
 

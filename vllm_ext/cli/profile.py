@@ -6,22 +6,23 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from attn_backends.plan import LayerSchedule
 from attn_backends.profile import Profile, fingerprint, load_profile
 from vllm_ext.calibration import report, search
-from vllm_ext.calibration.data import Example, make_examples
+from vllm_ext.calibration.data import Sizes, make_examples
 from vllm_ext.calibration.probe import Budget, Probe, load_probed_model
-from vllm_ext.calibration.search import Verdict
+from vllm_ext.calibration.search import Recording, Verdict
 from vllm_ext.errors import UserError
 
 DENSE_LAYERS = 2
+HELD_OUT_SEED = 1_000_003  # added to --seed: prompts that choose nothing
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,11 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--check", type=Path, metavar="PROFILE", help="judge a profile on the prompts of --seed"
     )
-    parser.add_argument("--anchors", type=int, default=4, help="anchor layers (4)")
+    parser.add_argument("--anchors", type=int, default=6, help="anchor layers (6)")
     parser.add_argument("--budget-tokens", type=int, default=512, help="calibrated for (512)")
     parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block (32)")
-    parser.add_argument("--context-tokens", type=int, default=3000, help="longest prompt (3000)")
-    parser.add_argument("--examples", type=int, default=5, help="prompts of each kind (5)")
+    parser.add_argument("--context-tokens", type=int, default=4096, help="longest prompt (4096)")
+    parser.add_argument("--examples", type=int, default=8, help="prompts of each kind (8)")
     parser.add_argument("--verifications", type=int, default=40, help="end-to-end trials (40)")
     parser.add_argument("--corpus", type=Path, help="calibration text (default: Python's library)")
     parser.add_argument("--seed", type=int, default=0, help="for the choice of prompts (0)")
@@ -61,7 +62,7 @@ def _check(args: Any) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Calibrates and writes the profile.
+    """Calibrates and writes the profile, or judges one.
 
     Raises:
         UserError: bad arguments, or a model of an unknown style.
@@ -70,96 +71,157 @@ def main(argv: list[str]) -> int:
     _check(args)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    started = time.monotonic()
-
-    def echo(line: str) -> None:
-        print(f"profile [{time.monotonic() - started:4.0f} s] {line}", flush=True)
-
     if args.check is not None:
-        verdict = check(args, load_profile(args.check), echo)
-        echo(
-            f"{args.check.name}, seed {args.seed}: KL text {verdict.kl_text:.4f}, retrieval "
-            f"{verdict.kl_retrieval:.4f}, top-1 agreement {verdict.agreement:.3f}"
-        )
+        print(verdict_line(f"{args.check.name}, seed {args.seed}", check(args)))
         return 0
-    profile, layers = calibrate(args, echo)
+    started = time.monotonic()
+    state = State(args)
+    profile, costs = calibrate(args, state)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     partial = args.output.with_suffix(".partial")
     partial.write_text(profile.model_dump_json(indent=1) + "\n")
     os.replace(partial, args.output)
     image, text = args.output.with_suffix(".png"), args.output.with_suffix(".md")
-    drawn = report.heat_map(profile, layers, image)
+    drawn = report.heat_map(profile, costs, image)
     text.write_text(report.markdown(profile, image if drawn else None))
-    echo(f"written: {args.output}, {text.name}, {image.name if drawn else 'no plot: matplotlib'}")
-    echo(f"use it with --attention-backend TIDAL_DECODE --profile {args.output}")
+    state.forget()
+    minutes = (time.monotonic() - started) / 60
+    print(f"written in {minutes:.1f} min: {args.output}, {text.name}", end="")
+    print(f", {image.name}" if drawn else " (no heat map: matplotlib is not installed)")
+    print(f"use it with --attention-backend TIDAL_DECODE --profile {args.output}")
     return 0
 
 
-def _prepare(args: Any) -> tuple[Any, Probe, list[Example]]:
-    """The probed model and the prompts of the seed."""
-    from transformers import AutoTokenizer
-
-    torch.manual_seed(args.seed)
-    probe = Probe(Budget(args.block_size, -(-args.budget_tokens // args.block_size), 1, 2))
-    model = load_probed_model(args.model, probe)
-    if not hasattr(model, "model") or not hasattr(model.model, "layers"):
-        raise UserError(f"{args.model}: only decoder-only models with model.layers are supported")
-    tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
+def verdict_line(name: str, verdict: Verdict) -> str:
+    """One line for people."""
     return (
-        model,
-        probe,
-        make_examples(tokenizer, args.seed, args.corpus, args.context_tokens, args.examples),
+        f"{name}: KL text {verdict.kl_text:.4f}, retrieval {verdict.kl_retrieval:.4f}; top-1 "
+        f"text {verdict.agreement_text:.1%}, retrieval {verdict.agreement_retrieval:.1%}"
     )
 
 
-def check(args: Any, profile: Profile, echo: Callable[[str], None]) -> Verdict:
+class State:
+    """Verdicts so far, kept beside the output: an interrupted calibration goes on from there."""
+
+    def __init__(self, args: Any) -> None:
+        self._path = args.output.with_suffix(".state.json")
+        kept = {key: str(value) for key, value in vars(args).items() if key != "output"}
+        self._key = kept | {"fingerprint": fingerprint(Path(args.model))}
+        self._verdicts: dict[str, dict[str, Any]] = {}
+        if self._path.is_file():
+            found = json.loads(self._path.read_text())
+            if found["key"] == self._key:
+                self._verdicts = found["verdicts"]
+                print(f"going on from {self._path}: {len(self._verdicts)} trials are known")
+
+    def recall(self, anchors: tuple[int, ...]) -> Verdict | None:
+        """The verdict of an earlier run with the same settings."""
+        found = self._verdicts.get(str(anchors))
+        return None if found is None else Verdict(**(found | {"anchors": anchors}))
+
+    def keep(self, verdict: Verdict) -> None:
+        """Writes it down at once."""
+        self._verdicts[str(verdict.anchors)] = asdict(verdict)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps({"key": self._key, "verdicts": self._verdicts}))
+        os.replace(partial, self._path)
+
+    def forget(self) -> None:
+        """The profile is written: nothing to go on from."""
+        self._path.unlink(missing_ok=True)
+
+
+class Bench:
+    """The probed model, its tokenizer and the settings."""
+
+    def __init__(self, args: Any) -> None:
+        from transformers import AutoTokenizer
+
+        torch.manual_seed(args.seed)
+        self._args = args
+        self.probe = Probe(_budget(args.budget_tokens, args.block_size))
+        self.model = load_probed_model(args.model, self.probe)
+        if not hasattr(self.model, "model") or not hasattr(self.model.model, "layers"):
+            raise UserError(f"{args.model}: only decoder-only models with model.layers are known")
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
+
+    def record(self, seed: int, num_each: int, title: str) -> list[Recording]:
+        """One dense pass over the prompts of a seed, with a progress bar."""
+        args = self._args
+        sizes = Sizes(args.context_tokens, num_each)
+        examples = make_examples(self._tokenizer, seed, args.corpus, sizes)
+        return [
+            search.record(self.model, self.probe, example)
+            for example in tqdm(examples, desc=title, unit="prompt")
+        ]
+
+    def verify(self, schedule: LayerSchedule, recordings: list[Recording]) -> Verdict:
+        """See ``search.verify``."""
+        return search.verify(self.model, self.probe, schedule, recordings)
+
+
+def _budget(budget_tokens: int, block_size: int) -> Budget:
+    return Budget(block_size, -(-budget_tokens // block_size), 1, -(-64 // block_size))
+
+
+def check(args: Any) -> Verdict:
     """Fidelity of an existing profile on the prompts of ``--seed``; choose another seed than
     the one it was calibrated with.
 
     Raises:
         UserError: the profile is another checkpoint's.
     """
+    profile = load_profile(args.check)
     if profile.fingerprint != fingerprint(Path(args.model)):
         raise UserError(f"{args.check} was made for another checkpoint ({profile.model})")
-    model, probe, examples = _prepare(args)
-    recordings = []
-    for number, example in enumerate(examples, 1):
-        recordings.append(search.record(model, probe, example))
-        echo(f"recorded {number}/{len(examples)}: {example.kind}, {len(example.ids)} tokens")
-    return search.verify(model, probe, profile.schedule(), recordings)
+    bench = Bench(args)
+    recordings = bench.record(args.seed, args.examples, "prompts")
+    return bench.verify(profile.schedule(), recordings)
 
 
-def calibrate(args: Any, echo: Callable[[str], None]) -> tuple[Profile, torch.Tensor]:
-    """Runs the four stages described in ``vllm_ext.calibration.search``.
+def calibrate(args: Any, state: State) -> tuple[Profile, torch.Tensor]:
+    """Runs the stages described in ``vllm_ext.calibration.search``.
 
     Returns:
-        The profile, and ``[num_layers a, num_layers b]`` similarities for the report.
+        The profile, and ``[num_layers a, num_layers b]`` errors for the report.
     """
-    model, probe, examples = _prepare(args)
-    recordings, pair_scores, importance = [], [], []
-    for number, example in enumerate(examples, 1):
-        recording = search.record(model, probe, example)
-        pair_scores.append(search.similarity(recording, probe))
-        importance.append(recording.importance)
-        recordings.append(recording)
-        echo(f"recorded {number}/{len(examples)}: {example.kind}, {len(example.ids)} tokens")
-    pairs = torch.stack(pair_scores).mean(0)
-    layers = pairs.amax(2).mean(2)  # best head of a, averaged over the heads of b
-    scores = layers * torch.stack(importance).mean(0)[None, :]
-    candidates = search.best_anchor_sets(scores, args.anchors, DENSE_LAYERS, num_sets=6)
+    bench = Bench(args)
+    recordings = bench.record(args.seed, args.examples, "measuring reuse")
+    errors = search.mean_errors(recordings)
+    costs = search.layer_errors(errors)
+    candidates = search.best_anchor_sets(costs, args.anchors, DENSE_LAYERS, num_sets=6)
+    if not candidates:
+        raise UserError(f"--anchors is {args.anchors}; the model has {len(costs)} layers")
+    bar = tqdm(total=args.verifications, desc="proving anchors", unit="trial")
 
     def judge(anchors: tuple[int, ...]) -> Verdict:
-        schedule = search.make_schedule(anchors, pairs, DENSE_LAYERS)
-        return search.verify(model, probe, schedule, recordings)
+        verdict = state.recall(anchors)
+        if verdict is None:
+            schedule = search.make_schedule(anchors, errors, DENSE_LAYERS)
+            verdict = bench.verify(schedule, recordings)
+            state.keep(verdict)
+        bar.update()
+        return verdict
 
-    num_layers = pairs.shape[0]
-    best, verdicts = search.search(candidates, num_layers, judge, args.verifications, echo)
-    echo(f"chosen: anchors {list(best.anchors)}")
-    schedule = search.make_schedule(best.anchors, pairs, DENSE_LAYERS)
-    return _profile(args, schedule, best, verdicts), layers
+    best, verdicts = search.search(candidates, len(costs), judge, args.verifications)
+    bar.close()
+    print(verdict_line(f"chosen: anchors {list(best.anchors)}", best))
+    schedule = search.make_schedule(best.anchors, errors, DENSE_LAYERS)
+    recordings.clear()  # the memory is needed for the others
+    held_out = bench.record(args.seed + HELD_OUT_SEED, max(2, args.examples // 2), "held out")
+    by_budget = {}
+    for factor in (0.5, 1, 2):
+        budget_tokens = int(args.budget_tokens * factor)
+        bench.probe.budget = _budget(budget_tokens, args.block_size)
+        by_budget[budget_tokens] = bench.verify(schedule, held_out)
+        print(verdict_line(f"held out, {budget_tokens} tokens", by_budget[budget_tokens]))
+    return _profile(args, schedule, verdicts, by_budget), costs
 
 
-def _profile(args: Any, schedule: LayerSchedule, best: Verdict, verdicts: list[Verdict]) -> Profile:
+def _profile(
+    args: Any, schedule: LayerSchedule, verdicts: list[Verdict], by_budget: dict[int, Verdict]
+) -> Profile:
     config = json.loads(Path(args.model, "config.json").read_text())
     settings = ("budget_tokens", "block_size", "context_tokens", "examples", "seed")
     ranked = sorted(verdicts, key=lambda v: v.loss)[:10]
@@ -170,8 +232,11 @@ def _profile(args: Any, schedule: LayerSchedule, best: Verdict, verdicts: list[V
         num_layers=len(schedule.roles),
         num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         dense_layers=list(range(DENSE_LAYERS)),
-        anchor_layers=list(best.anchors),
+        anchor_layers=list(ranked[0].anchors),
         head_maps={layer: list(heads) for layer, heads in schedule.head_maps.items()},
         calibration={name: getattr(args, name) for name in settings}
-        | {"best": asdict(best), "verdicts": [asdict(verdict) for verdict in ranked]},
+        | {
+            "held_out": {str(budget): asdict(v) for budget, v in by_budget.items()},
+            "verdicts": [asdict(verdict) for verdict in ranked],
+        },
     )

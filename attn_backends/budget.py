@@ -1,0 +1,135 @@
+"""Budgets of blocks per row and KV head, and the selector of methods that choose by mass."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
+from attn_backends.config import ConfigError, MethodConfig
+from attn_backends.method import Geometry
+from attn_backends.plan import AnchorState
+
+PRESETS = {"fast": 0.5, "accurate": 2.0}  # what a request may name: factor on the server's budget
+
+
+@dataclass(frozen=True)
+class BudgetConfig(MethodConfig):
+    """Settings of methods that choose blocks within a budget.
+
+    Attributes:
+        budget_tokens: tokens that a KV head reads in a sparse layer, in whole KV blocks,
+            forced blocks included.
+        budget_fraction: share of the context that it reads where that is more; 0 to 1.
+        sink_tokens: first tokens that are always read.
+        recent_tokens: last tokens that are always read; at least the current block is.
+        min_context_tokens: rows up to this length are served dense, and counted so.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    budget_tokens: int = 512
+    budget_fraction: float = 0.0
+    sink_tokens: int = 32
+    recent_tokens: int = 64
+    min_context_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lowest = {"budget_tokens": 1, "sink_tokens": 0, "recent_tokens": 0}
+        for field, bound in (lowest | {"min_context_tokens": 0}).items():
+            value = getattr(self, field)
+            if not bound <= value <= 1 << 20:
+                raise ConfigError(
+                    f"vllm_ext.{field} is {value}; it must be between {bound} and {1 << 20} tokens"
+                )
+        if not 0 <= self.budget_fraction <= 1:
+            raise ConfigError(
+                f"vllm_ext.budget_fraction is {self.budget_fraction}; it must be between 0 and 1"
+            )
+        forced_tokens = self.sink_tokens + self.recent_tokens
+        if self.budget_tokens < forced_tokens:
+            raise ConfigError(
+                f"vllm_ext.budget_tokens is {self.budget_tokens}, less than sink_tokens + "
+                f"recent_tokens = {forced_tokens}; raise the budget or lower those"
+            )
+
+
+class BudgetSelector:
+    """Owns the selection that anchors fill and sparse layers read."""
+
+    def __init__(self, config: BudgetConfig, geometry: Geometry, device: torch.device) -> None:
+        self._config = config
+        self._block_size = block_size = geometry.block_size
+        self._budget_blocks = -(-config.budget_tokens // block_size)
+        self._sink_blocks = -(-config.sink_tokens // block_size)
+        self._recent_blocks = -(-config.recent_tokens // block_size)
+        self._max_blocks = -(-geometry.max_model_len // block_size)
+        shape = (geometry.max_num_reqs, geometry.num_kv_heads, self._max_blocks)
+        self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        self._mass = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._budgets = torch.zeros(shape[0], dtype=torch.int32, device=device)
+
+    def select(self, batch: PagedBatch) -> BlockSelection:
+        """See ``Selector.select``: the buffers that anchors will fill."""
+        rows = batch.num_reqs
+        return BlockSelection(self._blocks[:rows], self._counts[:rows])
+
+    def anchor_state(
+        self, batch: PagedBatch, options: Mapping[int, RowOptions]
+    ) -> AnchorState | None:
+        """See ``Selector.anchor_state``; short and dense rows get a budget for everything."""
+        rows = batch.num_reqs
+        budgets = self._budgets[:rows]
+        budgets.fill_(self._budget_blocks)
+        if self._config.budget_fraction:
+            share_tokens = batch.seq_lens * self._config.budget_fraction
+            share_blocks = torch.ceil(share_tokens / self._block_size).to(torch.int32)
+            torch.maximum(budgets, share_blocks, out=budgets)
+        for row, asked in options.items():
+            if asked.is_dense:
+                budgets[row] = self._max_blocks
+            elif asked.budget_tokens is not None:
+                budgets[row] = -(-asked.budget_tokens // self._block_size)
+            else:
+                scaled = torch.ceil(budgets[row] * asked.budget_factor).to(torch.int32)
+                budgets[row] = scaled.clamp_min(self._sink_blocks + self._recent_blocks)
+        is_short = batch.seq_lens <= self._config.min_context_tokens
+        budgets.masked_fill_(is_short, self._max_blocks)
+        budgets.clamp_max_(self._max_blocks)
+        return AnchorState(self._mass[:rows], budgets, self._sink_blocks, self._recent_blocks)
+
+    def span_rule(self, num_reqs: int) -> SpanRule | None:
+        """See ``Selector.span_rule``: all tokens of a selected block count."""
+        return None
+
+    def _keeps_everything(self, seq_len: int, asked: RowOptions) -> bool:
+        """Whether the row's budget, worked out on the host, covers its context."""
+        budget_tokens: float | None = asked.budget_tokens
+        if budget_tokens is None:
+            share_tokens = self._config.budget_fraction * seq_len
+            budget_tokens = max(self._config.budget_tokens, share_tokens) * asked.budget_factor
+        return seq_len <= math.ceil(budget_tokens / self._block_size) * self._block_size
+
+    def row_reasons(
+        self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
+    ) -> dict[tuple[str, str], int]:
+        """See ``Selector.row_reasons``."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for row, seq_len in enumerate(seq_lens_cpu.tolist()):
+            row_options = options.get(row, RowOptions())
+            if row_options.is_dense:
+                counts["dense", "request_off"] += 1
+            elif seq_len <= self._config.min_context_tokens:
+                counts["dense", "short_context"] += 1
+            elif self._keeps_everything(seq_len, row_options):
+                counts["sparse", "everything_kept"] += 1
+            else:
+                counts["sparse", "selected"] += 1
+        return dict(counts)

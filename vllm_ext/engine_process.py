@@ -1,0 +1,125 @@
+"""An engine in a process of its own, driven by JSON lines; for benchmarks and evaluation.
+
+vLLM keeps process-wide state, so that two engines to compare need two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_ext.errors import UserError
+
+_MARK = "@@vllm-ext "
+
+
+class EngineProcess:
+    """A running engine.
+
+    Args:
+        name: for messages.
+        engine: keyword arguments of ``vllm.LLM``.
+        env: additions to the environment; None removes a variable.
+
+    Raises:
+        UserError: the engine did not start; the message has the end of its log.
+    """
+
+    def __init__(self, name: str, engine: dict[str, Any], env: dict[str, str | None]) -> None:
+        self.name = name
+        full_env: dict[str, str | None] = dict(os.environ)
+        full_env |= {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"} | env
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_ext.engine_process", json.dumps(engine)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={key: value for key, value in full_env.items() if value is not None},
+        )
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(_MARK):
+                answer: dict[str, Any] = json.loads(line.removeprefix(_MARK))
+                return answer
+        self._log.seek(0)
+        tail = "".join(self._log.readlines()[-25:])
+        raise UserError(f"the {self.name} engine ended; the end of its log:\n{tail}")
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        extra_args: Sequence[dict[str, Any] | None] | None = None,
+    ) -> dict[str, Any]:
+        """Greedy generation of exactly ``max_tokens`` for every prompt of token ids.
+
+        Returns:
+            ``seconds``, ``tokens`` (ids per prompt) and ``forced``, what ``ForcingProcessor``
+            collected.
+        """
+        assert self._process.stdin is not None
+        request = {"prompts": prompts, "max_tokens": max_tokens, "extra_args": extra_args}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        """Stops the engine."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._log.close()
+
+
+def _serve(engine: dict[str, Any]) -> None:
+    """Answers requests from standard input until it closes."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**engine)
+    print(_MARK + json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=request["max_tokens"],
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=extra_args,
+            )
+            for extra_args in request["extra_args"] or [None] * len(prompts)
+        ]
+        started = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        answer = {
+            "seconds": time.perf_counter() - started,
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "forced": _forced() if engine.get("logits_processors") else {},
+        }
+        print(_MARK + json.dumps(answer), flush=True)
+
+
+def _forced() -> dict[str, Any]:
+    from vllm_ext.forcing import ForcingProcessor
+
+    found = dict(ForcingProcessor.results)
+    ForcingProcessor.results.clear()
+    return found
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Fidelity of the methods against dense decoding, through the engine that serves."""

@@ -1,0 +1,146 @@
+"""The evaluation for people: Markdown table and plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vllm_ext.evaluation.run import DENSE
+
+
+def summary(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Per column: needle accuracy in all and by kind, mean KL and top-1 agreement.
+
+    Args:
+        evaluation: ``columns``, ``needles`` and ``texts`` as the command writes them.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for column in evaluation["columns"]:
+        scores: dict[str, list[float]] = {}
+        for needle in evaluation["needles"]:
+            scores.setdefault(needle["kind"], []).append(needle["scores"][column])
+        everything = [score for kind in scores.values() for score in kind]
+        steps = evaluation["texts"].get(column)
+        result[column] = {
+            "needles": fmean(everything) if everything else None,
+            "by_kind": {kind: fmean(values) for kind, values in scores.items()},
+            "kl": fmean(steps["kl"]) if steps else None,
+            "agreement": fmean(steps["agrees"]) if steps else None,
+        }
+    return result
+
+
+def _cell(value: float | None, style: str) -> str:
+    return "" if value is None else format(value, style)
+
+
+def markdown(evaluation: dict[str, Any]) -> str:
+    """One row per column of the evaluation."""
+    columns = summary(evaluation)
+    kinds = list(next(iter(columns.values()))["by_kind"])
+    work, machine = evaluation["workload"], evaluation["machine"]
+    lines = [
+        f"Fidelity to dense of {Path(work['model']).name}: {len(evaluation['needles'])} needle "
+        f"prompts ({work['lengths_tokens']} tokens x depths {work['depths']}), "
+        f"{work['text_prompts']} texts of {work['text_tokens']} tokens x {work['text_steps']} "
+        f"steps along dense's tokens, seed {work['seed']}, {work['dtype']}; vLLM "
+        f"{machine['vllm']}, {machine['cpu']}, GPU: {machine['gpu']}.",
+        "",
+        "| | needles | " + "".join(f"{kind} | " for kind in kinds) + "KL | top-1 |",
+        "|---|---|" + "---|" * len(kinds) + "---|---|",
+    ]
+    for name, figures in columns.items():
+        cells = [_cell(figures["needles"], ".1%")]
+        cells += [_cell(figures["by_kind"][kind], ".1%") for kind in kinds]
+        cells += [_cell(figures["kl"], ".4f"), _cell(figures["agreement"], ".1%")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _budget_of(column: str) -> tuple[str, int] | None:
+    method, _, budget = column.partition("@")
+    return (method, int(budget)) if budget else None
+
+
+def plots(evaluation: dict[str, Any], prefix: Path) -> list[Path]:
+    """Accuracy and KL against budget, and a depth x length map of the first method.
+
+    Returns:
+        The PNGs written; none when matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("agg")
+    written = [prefix.with_name(prefix.name + "-budget.png")]
+    _plot_budgets(evaluation, written[0])
+    if evaluation["needles"]:
+        written.append(prefix.with_name(prefix.name + "-depth.png"))
+        _plot_depths(evaluation, written[1])
+    return written
+
+
+def _plot_budgets(evaluation: dict[str, Any], path: Path) -> None:
+    from matplotlib import pyplot
+
+    columns = summary(evaluation)
+    curves: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for name, figures in columns.items():
+        split = _budget_of(name)
+        if split is not None:
+            curves.setdefault(split[0], []).append((split[1], figures))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), dpi=120)
+    for method, points in curves.items():
+        budgets = [budget for budget, _ in points]
+        if columns[DENSE]["needles"] is not None:
+            left.plot(budgets, [f["needles"] for _, f in points], marker="o", label=method)
+        if points[0][1]["kl"] is not None:
+            right.plot(budgets, [f["kl"] for _, f in points], marker="o", label=method)
+    if columns[DENSE]["needles"] is not None:
+        left.axhline(columns[DENSE]["needles"], color="grey", linestyle="--", label="dense")
+    left.set(title="needles", xlabel="budget, tokens per KV head", ylabel="found", ylim=(0, 1.05))
+    right.set(title="natural text", xlabel="budget, tokens per KV head", ylabel="mean KL to dense")
+    right.set_yscale("log")
+    for axes in (left, right):
+        if axes.lines:
+            axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _plot_depths(evaluation: dict[str, Any], path: Path) -> None:
+    import numpy
+    from matplotlib import pyplot
+
+    needles = evaluation["needles"]
+    lengths = sorted({needle["length_tokens"] for needle in needles})
+    depths = sorted({needle["depth"] for needle in needles})
+    shown = evaluation["columns"][:4]
+    figure, panels = pyplot.subplots(
+        1, len(shown), figsize=(3 * len(shown) + 1, 3.6), dpi=120, squeeze=False, sharey=True
+    )
+    for axes, column in zip(panels[0], shown, strict=True):
+        grid = numpy.full((len(depths), len(lengths)), numpy.nan)
+        for row, depth in enumerate(depths):
+            for place, length in enumerate(lengths):
+                cell = [
+                    needle["scores"][column]
+                    for needle in needles
+                    if (needle["depth"], needle["length_tokens"]) == (depth, length)
+                ]
+                if cell:
+                    grid[row, place] = fmean(cell)
+                    axes.text(place, row, f"{fmean(cell):.0%}", ha="center", va="center", size=7)
+        axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.set_title(column, fontsize=9)
+        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_xlabel("length, tokens")
+    panels[0][0].set_ylabel("depth of the needle")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

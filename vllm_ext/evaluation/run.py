@@ -1,0 +1,203 @@
+"""Runs the methods over the prompts: every prompt is prefilled once per engine and shared."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from attn_backends.config import known_settings
+from attn_backends.methods import load_method
+from vllm_ext.engine_process import EngineProcess
+from vllm_ext.evaluation.prompts import NeedlePrompt
+from vllm_ext.forcing import CLASS_PATH, KEY
+from vllm_ext.plugin import DISABLE_ENV
+
+DENSE = "dense"
+ANSWER_TOKENS = 24
+PROMPTS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table: a method at a budget, or dense.
+
+    Attributes:
+        name: what the table shows.
+        method: of the registry; it serves dense, too, when ``extra_args`` say so.
+        settings: of the engine; columns with the same ones share it.
+        extra_args: of each request.
+    """
+
+    name: str
+    method: str
+    settings: dict[str, Any]
+    extra_args: dict[str, Any] | None
+
+
+def make_columns(methods: list[str], budgets: list[int], settings: dict[str, Any]) -> list[Column]:
+    """Dense first, then every method at every budget.
+
+    Methods that let a request choose its budget need one engine for all; the others, whose
+    reach is fixed at start, one for each. Settings that a method does not know are not given
+    to it.
+    """
+    columns = []
+    for name in methods:
+        method = load_method(name)
+        own = known_settings(method.config_cls, settings)
+        defaults = {field.name: field.default for field in fields(method.config_cls)}
+        for budget in budgets:
+            title = f"{name}@{budget}"
+            if method.takes_row_options:
+                columns.append(Column(title, name, own, {"budget_tokens": budget}))
+            elif "window_tokens" in defaults:
+                sinks = int(own.get("sink_tokens", defaults["sink_tokens"]))
+                reach = own | {"sink_tokens": sinks, "window_tokens": max(1, budget - sinks)}
+                columns.append(Column(title, name, reach, None))
+        if not {"budget_tokens", "window_tokens"} & set(defaults):
+            columns.append(Column(name, name, own, None))
+    elastic = next((c for c in columns if load_method(c.method).takes_row_options), None)
+    if elastic is None:
+        return [Column(DENSE, "SPARSE_FULL", {}, None), *columns]
+    return [Column(DENSE, elastic.method, elastic.settings, {"sparse": "off"}), *columns]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked.
+
+    Attributes:
+        model: folder.
+        needles: prompts with answers.
+        texts: token ids of prompts to continue.
+        text_steps: decode steps compared per text.
+        decode: token ids to text.
+        kv_bytes: KV pool of an engine.
+        max_model_len: of an engine, tokens.
+    """
+
+    model: str
+    needles: list[NeedlePrompt]
+    texts: list[list[int]]
+    text_steps: int
+    decode: Callable[[list[int]], str]
+    kv_bytes: int
+    max_model_len: int
+
+
+class Evaluation:
+    """Results by column, filled engine by engine."""
+
+    def __init__(
+        self, job: Job, columns: list[Column], progress: Callable[[str, int], None]
+    ) -> None:
+        self._job, self._columns, self._progress = job, columns, progress
+        self._dense_tokens: list[list[int]] = []
+        self._vocabulary = 0
+        self.needles: list[dict[str, Any]] = [
+            {key: value for key, value in asdict(prompt).items() if key != "ids"}
+            | {"prompt_tokens": len(prompt.ids), "scores": {}, "texts": {}}
+            for prompt in job.needles
+        ]
+        self.texts: dict[str, dict[str, list[float]]] = {}
+
+    def run(self, vocabulary: int) -> None:
+        """All engines, one after another."""
+        self._vocabulary = vocabulary
+        with tempfile.TemporaryDirectory() as folder:
+            for group in _by_engine(self._columns):
+                engine = self._start(group[0])
+                try:
+                    self._run_needles(engine, group)
+                    self._run_texts(engine, group, Path(folder))
+                finally:
+                    engine.close()
+
+    def _start(self, column: Column) -> EngineProcess:
+        job = self._job
+        engine = {
+            "model": job.model,
+            "attention_backend": column.method,
+            "additional_config": {"vllm_ext": column.settings} if column.settings else {},
+            "max_model_len": job.max_model_len,
+            "max_num_seqs": 64,
+            "kv_cache_memory_bytes": job.kv_bytes,
+            "enable_prefix_caching": True,
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "logits_processors": [CLASS_PATH],
+            "seed": 0,
+        }
+        # In one process: the processor's results are read where it runs.
+        env: dict[str, str | None] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        env |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", DISABLE_ENV: None}  # nothing is timed
+        return EngineProcess(column.method, engine, env)
+
+    def _run_needles(self, engine: EngineProcess, columns: list[Column]) -> None:
+        for first in range(0, len(self._job.needles), PROMPTS_AT_ONCE):
+            prompts = self._job.needles[first : first + PROMPTS_AT_ONCE]
+            # The first column prefills; the others find its blocks.
+            for part in (columns[:1], columns[1:]):
+                asked = [(column, prompt) for column in part for prompt in prompts]
+                if not asked:
+                    continue
+                answer = engine.generate(
+                    [prompt.ids for _, prompt in asked],
+                    ANSWER_TOKENS,
+                    [column.extra_args for column, _ in asked],
+                )
+                for index, ((column, prompt), ids) in enumerate(
+                    zip(asked, answer["tokens"], strict=True)
+                ):
+                    text = self._job.decode(ids)
+                    record = self.needles[first + index % len(prompts)]
+                    record["texts"][column.name] = text
+                    record["scores"][column.name] = prompt.score(text)
+            self._progress(engine.name, len(prompts) * len(columns))
+
+    def _run_texts(self, engine: EngineProcess, columns: list[Column], folder: Path) -> None:
+        job = self._job
+        files = [folder / f"{number}.npy" for number in range(len(job.texts))]
+        for first in range(0, len(job.texts), PROMPTS_AT_ONCE):
+            numbers = range(first, min(first + PROMPTS_AT_ONCE, len(job.texts)))
+            prompts = [job.texts[number] for number in numbers]
+            if columns[0].name == DENSE:
+                for number in numbers:
+                    _empty(files[number], (job.text_steps, self._vocabulary))
+                extra = [
+                    (columns[0].extra_args or {}) | {KEY: {"file": str(files[n]), "tokens": None}}
+                    for n in numbers
+                ]
+                self._dense_tokens += engine.generate(prompts, job.text_steps, extra)["tokens"]
+            # Dense against itself, too: what remains there is the noise of the arithmetic.
+            for column in columns:
+                forced = [
+                    {
+                        "name": column.name,
+                        "file": str(files[number]),
+                        "tokens": self._dense_tokens[number],
+                    }
+                    for number in numbers
+                ]
+                extra = [(column.extra_args or {}) | {KEY: asked} for asked in forced]
+                found = engine.generate(prompts, job.text_steps, extra)["forced"][column.name]
+                steps = self.texts.setdefault(column.name, {"kl": [], "agrees": []})
+                steps["kl"] += [kl for kl, _ in found]
+                steps["agrees"] += [float(agrees) for _, agrees in found]
+            self._progress(engine.name, len(prompts) * len(columns))
+
+
+def _by_engine(columns: list[Column]) -> Iterable[list[Column]]:
+    groups: dict[tuple[str, str], list[Column]] = {}
+    for column in columns:
+        groups.setdefault((column.method, repr(sorted(column.settings.items()))), []).append(column)
+    return groups.values()
+
+
+def _empty(path: Path, shape: tuple[int, int]) -> None:
+    numpy.save(path, numpy.zeros(shape, dtype=numpy.float32))
