@@ -13,6 +13,7 @@ from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import Geometry
 from attn_backends.plan import AnchorState
+from kvcache.retention import KeepAll, RetentionPolicy
 
 PRESETS = {"fast": 0.5, "accurate": 2.0}  # what a request may name: factor on the server's budget
 
@@ -133,3 +134,10 @@ class BudgetSelector:
             else:
                 counts["sparse", "selected"] += 1
         return dict(counts)
+
+
+def prompts_cached(config: BudgetConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
+    """Retention of methods with dense prefill and sparse decode: all is kept, but what was
+    generated never serves a later prompt (it would have been computed densely).
+    """
+    return (KeepAll(caches_generated=False),) * geometry.num_layers

@@ -11,6 +11,7 @@ import torch
 from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import MethodConfig
 from attn_backends.plan import AnchorState, LayerSchedule
+from kvcache.retention import KeepAll, RetentionPolicy
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Capabilities:
     limits: str
 
 
+def _keep_all(config: MethodConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
+    return (KeepAll(),) * geometry.num_layers
+
+
 @dataclass(frozen=True)
 class SparseMethod:
     """One entry of the registry: everything the product knows about a method.
@@ -88,6 +93,7 @@ class SparseMethod:
         make_selector: ``(config, geometry, device) -> Selector``.
         capabilities: what it reads and frees, and where it does not work.
         takes_row_options: whether a request may choose its budget, or dense.
+        retention: ``(config, geometry) -> `` the policy of each layer; default: all is kept.
     """
 
     name: str
@@ -98,3 +104,4 @@ class SparseMethod:
     make_selector: Callable[..., Selector]
     capabilities: Capabilities
     takes_row_options: bool = False
+    retention: Callable[..., tuple[RetentionPolicy, ...]] = _keep_all

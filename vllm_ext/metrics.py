@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from attn_backends.adapter.counters import FOLDER_ENV, metrics_folder
+from kvcache.adapter.figures import FOLDER_ENV, metrics_folder
 
 
 class WorkerFigures(Collector):

@@ -119,8 +119,11 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             self._decode(layer.layer_name, plan, ops, query[rows], views, output[rows])
         if plan.prefill is not None:
             rows = slice(plan.num_decode_tokens, plan.num_tokens)
+            # The rule is the selecting layers'; a dense layer beside them reads everything.
+            is_dense = plan.roles[layer.layer_name] is LayerRole.DENSE
+            rule = None if is_dense else plan.prefill_rule
             ops.paged_attention.run(
-                query[rows], *views, plan.prefill, plan.prefill_rule, self.scale, output[rows]
+                query[rows], *views, plan.prefill, rule, self.scale, output[rows]
             )
         return output
 

@@ -1,29 +1,87 @@
-"""vLLM's CPU worker, with the per-request options recorded.
+"""vLLM's workers with what no hook of it provides: retention per layer, options per request.
 
-On GPUs per-request options are refused until the V2 runner's row order has been tested there.
+Per-request options are recorded on CPU only: on GPUs they are refused until the V2 runner's
+row order has been tested there.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.requests import BOOK
+from attn_backends.config import ConfigError
+from kvcache.adapter.specs import with_retention
 
-CLASS_PATH = f"{__name__}.ExtCPUWorker"
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+STOCK_WORKERS = {
+    "cpu": "vllm.v1.worker.cpu_worker.CPUWorker",
+    "cuda": "vllm.v1.worker.gpu_worker.Worker",
+}
 
 
-class ExtCPUWorker(CPUWorker):
-    """Tells the request book what arrives and in which order rows run."""
+def retained_specs(
+    vllm_config: VllmConfig, specs: dict[str, KVCacheSpec]
+) -> dict[str, KVCacheSpec]:
+    """The layers' KV cache specs under the chosen method's retention.
 
-    def init_device(self) -> None:
-        """See ``CPUWorker.init_device``."""
-        super().init_device()
-        runner: Any = self.model_runner
-        BOOK.row_ids = lambda: runner.input_batch.req_ids
+    Args:
+        vllm_config: names the method and its settings.
+        specs: by layer name, as the model asks for them.
 
-    def execute_model(self, scheduler_output: Any) -> Any:
-        """See ``Worker.execute_model``."""
-        BOOK.update(scheduler_output)
-        return super().execute_model(scheduler_output)
+    Raises:
+        ConfigError: a layer's cache cannot be retained that way.
+    """
+    method = chosen_method(vllm_config)
+    if method is None:
+        return specs
+    policies = method.retention(method_config(vllm_config, method), geometry_of(vllm_config))
+    try:
+        return {
+            name: with_retention(spec, policies[extract_layer_index(name)])
+            for name, spec in specs.items()
+        }
+    except TypeError as error:
+        raise ConfigError(f"{method.name}: {error}") from None
+
+
+class RetainingWorker:
+    """Put before a worker of vLLM in the bases."""
+
+    vllm_config: VllmConfig
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """See ``Worker.get_kv_cache_spec``."""
+        stock: Any = super()
+        return retained_specs(self.vllm_config, stock.get_kv_cache_spec())
+
+
+_builtin: Any = resolve_obj_by_qualname(STOCK_WORKERS[current_platform.device_type])
+
+if current_platform.is_cpu():
+
+    class ExtCPUWorker(RetainingWorker, _builtin):  # type: ignore[misc]
+        """Retention; and tells the request book what arrives and in which order rows run."""
+
+        def init_device(self) -> None:
+            """See ``CPUWorker.init_device``."""
+            super().init_device()
+            runner: Any = self.model_runner
+            BOOK.row_ids = lambda: runner.input_batch.req_ids
+
+        def execute_model(self, scheduler_output: Any) -> Any:
+            """See ``Worker.execute_model``."""
+            BOOK.update(scheduler_output)
+            return super().execute_model(scheduler_output)
+
+else:
+
+    class ExtGPUWorker(RetainingWorker, _builtin):  # type: ignore[misc]
+        """Retention. Not run on a GPU yet."""

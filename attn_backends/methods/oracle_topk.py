@@ -7,7 +7,7 @@ what sharing a selection between layers costs. The first layers are dense as in 
 
 from __future__ import annotations
 
-from attn_backends.budget import BudgetConfig, BudgetSelector
+from attn_backends.budget import BudgetConfig, BudgetSelector, prompts_cached
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 
@@ -34,4 +34,5 @@ METHOD = SparseMethod(
         limits="slower than dense by design: the bound that others are measured against",
     ),
     takes_row_options=True,
+    retention=prompts_cached,
 )

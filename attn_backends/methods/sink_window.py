@@ -2,8 +2,9 @@
 
 Paper: StreamingLLM, arXiv 2309.17453. We differ: keys keep their original positions
 (vLLM caches them after RoPE, and within the trained length that is what the model saw),
-the rule holds per query in prefill, chunked prefill and decode alike, and here it is
-*selection* only: the cache keeps every block, so nothing is freed yet.
+and the rule holds per query in prefill, chunked prefill and decode alike. What no later
+query may see is evicted, also while a prompt is still read in chunks; ``retention:
+keep_all`` selects only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
+from kvcache.retention import KeepAll, RetentionPolicy, SinkWindowRetention
+
+RETENTION_CHOICES = ("evict", "keep_all")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class SinkWindowConfig(MethodConfig):
         sink_tokens: first tokens that are always attended, 0 to 1,048,576.
         window_tokens: last tokens that are attended, the current one included; at least
             one KV block (checked again against the real block size at start-up).
+        retention: ``evict`` frees the blocks between sinks and window, ``keep_all`` does not.
 
     Raises:
         ConfigError: a value out of its range.
@@ -34,6 +39,7 @@ class SinkWindowConfig(MethodConfig):
 
     sink_tokens: int = 64
     window_tokens: int = 1024
+    retention: str = "evict"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +49,11 @@ class SinkWindowConfig(MethodConfig):
                 raise ConfigError(
                     f"vllm_ext.{field} is {value}; it must be between {lowest} and {1 << 20} tokens"
                 )
+        if self.retention not in RETENTION_CHOICES:
+            raise ConfigError(
+                f"vllm_ext.retention is {self.retention!r}; choose one of "
+                f"{', '.join(RETENTION_CHOICES)}"
+            )
 
 
 class SinkWindowSelector:
@@ -111,6 +122,13 @@ def _schedule(config: MethodConfig, geometry: Geometry) -> LayerSchedule:
     return LayerSchedule.uniform(LayerRole.SELECTED, geometry.num_layers)
 
 
+def _retention(config: SinkWindowConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
+    policy: RetentionPolicy = KeepAll()
+    if config.retention == "evict":
+        policy = SinkWindowRetention(config.sink_tokens, config.window_tokens)
+    return (policy,) * geometry.num_layers
+
+
 METHOD = SparseMethod(
     name="SINK_WINDOW",
     summary="first S tokens and last W tokens, exact per query",
@@ -120,7 +138,8 @@ METHOD = SparseMethod(
     make_selector=SinkWindowSelector,
     capabilities=Capabilities(
         reads="sink_tokens + window_tokens per layer, prefill included",
-        frees="nothing yet (selection only)",
+        frees="all blocks between sinks and window, as they fall out of it",
         limits="cannot recall what lies between sinks and window",
     ),
+    retention=_retention,
 )

@@ -17,7 +17,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from attn_backends.budget import BudgetConfig, BudgetSelector
+from attn_backends.budget import BudgetConfig, BudgetSelector, prompts_cached
 from attn_backends.config import ConfigError
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
@@ -87,4 +87,5 @@ METHOD = SparseMethod(
         limits="needs a calibrated profile (vllm-ext profile); short contexts gain nothing",
     ),
     takes_row_options=True,
+    retention=prompts_cached,
 )

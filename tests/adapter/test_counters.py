@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from attn_backends.adapter.counters import FOLDER_ENV, RowCounters
+from attn_backends.adapter.counters import RowCounters
+from kvcache.adapter.figures import FOLDER_ENV
 from vllm_ext.metrics import WorkerFigures, decode_rows
 
 WORKER = """

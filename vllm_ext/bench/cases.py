@@ -80,7 +80,7 @@ def make_cases(problem: Problem, ops: Sequence[str], budget_tokens: int) -> list
             attention(DENSE_DECODE, "anchor_decode", masses=(None,)),
             topk,
         ]
-    if "cache_write" in ops:  # not made in vain: it has two caches of its own
+    if "cache_write" in ops:  # only where asked for: it has two caches of its own
         cases.append(_write_case(problem))
     cases = [case for case in cases if case.op in ops]
     baselines = {case.baseline for case in cases}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +61,7 @@ class Arm:
     case: Case
     impl: OpImpl
     is_baseline: bool
-    unsupported: str | None  # why it cannot serve
+    unsupported: str | None  # why it cannot serve, or what a baseline raised
     failure: str | None = None  # how it disagreed with the reference
     calls_per_sample: int = 1
     samples_ms: list[float] = field(default_factory=list)
@@ -103,7 +104,11 @@ def run(specs: Sequence[BatchSpec], shape: Shape, options: Options, echo: Echo) 
         ``skipped`` (reason by op by implementation), ``bytes_per_second`` of memory, shape,
         options and machine.
     """
-    machine = decode.machine() | {"torch_threads": str(torch.get_num_threads())}
+    machine = decode.machine() | {
+        "torch_threads": str(torch.get_num_threads()),
+        # On a busy machine every parallel call waits for a core now and then.
+        "load_average_at_start": f"{os.getloadavg()[0]:.1f}",
+    }
     if options.device_type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     rows: list[dict[str, Any]] = []
@@ -203,7 +208,11 @@ def _check(case: Case, arms: Sequence[Arm], device_type: str, echo: Echo) -> Non
                 call_ms = min(arm.sample_ms(device_type) for _ in range(CALIBRATION_CALLS))
                 arm.calls_per_sample = math.ceil(MIN_SAMPLE_MS / call_ms)
         except Exception as error:  # whatever a kernel raises is a finding about that kernel
-            arm.failure = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if arm.is_baseline:  # others refuse by raising what they do not serve
+                arm.unsupported = reason
+            else:
+                arm.failure = reason
         if arm.failure is not None:
             echo(f"FAILED: {arm.impl.name} of {case.name}: {arm.failure}")
 

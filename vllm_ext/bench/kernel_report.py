@@ -96,7 +96,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{shape['query_heads']} query heads, {shape['kv_heads']} KV heads of size "
         f"{shape['head_size']}, {shape['dtype']}, blocks of {shape['block_size']} tokens, budget "
         f"{options['budget_tokens']} tokens; {options['rounds']} alternating rounds, "
-        f"{info['gpu'] if on_gpu else info['cpu']}, vLLM {info['vllm']}. Memory: "
+        f"{info['gpu'] if on_gpu else info['cpu']}, {info['torch_threads']} threads, load average "
+        f"{info['load_average_at_start']} at the start, vLLM {info['vllm']}. Memory: "
         f"{result['bytes_per_second'] / 1e9:.1f} GB/s (torch sum or copy of 512 MB).",
         "",
         "| " + " | ".join(headings) + " |",

@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     decode_parser = benches.add_parser("decode", help=decode_help, description=decode_help)
     decode_parser.set_defaults(bench=_decode)
     _add_decode_flags(decode_parser)
-    kernel_help = "time of every op and implementation, checked against the reference"
+    kernel_help = "time of every op and implementation, each checked against the reference"
     kernel_parser = benches.add_parser("kernel", help=kernel_help, description=kernel_help)
     kernel_parser.set_defaults(bench=_kernel)
     _add_kernel_flags(kernel_parser)
@@ -61,7 +61,7 @@ def _add_kernel_flags(parser: argparse.ArgumentParser) -> None:
         f"{workloads.EXAMPLE} is 8 decode rows on 4,096 tokens each and one prefill chunk of "
         "512 tokens on 2,048 in all (8q1s4k,8q1s32k)",
     )
-    parser.add_argument("--ops", default=",".join(OPS), help=f"({','.join(OPS)})")
+    parser.add_argument("--ops", default=",".join(OPS), help=f"of {', '.join(OPS)} (all)")
     parser.add_argument(
         "--impls",
         default="cpu,triton",

@@ -64,3 +64,12 @@ class ExtPlatformMixin:
         from vllm_ext.platforms.selection import check_request
 
         check_request(getattr(params, "extra_args", None), cls.device_type)
+
+    @classmethod
+    def register_custom_kv_cache_specs(cls, vllm_config: VllmConfig) -> None:
+        """vLLM's hook: our KV cache specs and their managers, in every process."""
+        builtin: Any = super()
+        builtin.register_custom_kv_cache_specs(vllm_config)
+        from kvcache.adapter.managers import register
+
+        register()

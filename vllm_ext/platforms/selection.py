@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.vllm_ext")
 
-STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-CPU_WORKER = "attn_backends.adapter.worker.ExtCPUWorker"
+WORKERS = {  # vLLM's, and ours by its path: its module imports the platform that asks here
+    "cpu": ("vllm.v1.worker.cpu_worker.CPUWorker", "attn_backends.adapter.worker.ExtCPUWorker"),
+    "cuda": ("vllm.v1.worker.gpu_worker.Worker", "attn_backends.adapter.worker.ExtGPUWorker"),
+}
 _active: dict[str, Any] = {}  # what this front-end process serves, for checks of requests
 
 CPU_BLOCK_TOKENS = 32  # selection is by block: small blocks keep what is read close to the budget
@@ -41,8 +43,8 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
         cache.block_size = CPU_BLOCK_TOKENS
     reasons = unsupported_reasons(vllm_config, device_type)
     worker_cls = vllm_config.parallel_config.worker_cls
-    if device_type == "cpu" and worker_cls not in (STOCK_CPU_WORKER, CPU_WORKER):
-        reasons.append(f"--worker-cls {worker_cls} (ours records per-request options)")
+    if worker_cls not in WORKERS[device_type]:
+        reasons.append(f"--worker-cls {worker_cls} (ours frees KV blocks and reads options)")
     if reasons and config.strict:
         raise refuse(method, reasons)
     if reasons:
@@ -55,8 +57,8 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
     check_method(config, cache.block_size)
     if vllm_config.model_config is not None and not reasons:
         method.schedule(config, geometry_of(vllm_config))  # a bad profile must not wait for workers
-    if device_type == "cpu" and not reasons:
-        vllm_config.parallel_config.worker_cls = CPU_WORKER
+    if not reasons:
+        vllm_config.parallel_config.worker_cls = WORKERS[device_type][1]
     _active.update(method=method, config=config, is_served=not reasons)
 
 

@@ -1,0 +1,1 @@
+"""vLLM's side of retention: KV cache specs and their managers."""

@@ -1,0 +1,62 @@
+"""Figures of engine processes on their way to /metrics.
+
+Engine processes write into prometheus_client's own multiprocess file format, in a folder that
+the front-end process creates before it starts them; the front end reads it at scrape time
+(vllm_ext/metrics.py). Where vLLM itself runs prometheus in multiprocess mode, its folder
+is used and its collector reads ours too.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache
+from pathlib import Path
+
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+
+FOLDER_ENV = "VLLM_EXT_METRICS_DIR"
+
+
+def metrics_folder() -> Path | None:
+    """Where figures go, or None when nobody will read them."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(FOLDER_ENV)
+    return Path(folder) if folder and Path(folder).is_dir() else None
+
+
+class FigureFiles:
+    """Memory-mapped counters and gauges of one process; a write is a handful of bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        pid = os.getpid()
+        self._counters = MmapedDict(str(folder / f"counter_vllmext-{pid}.db"))
+        self._gauges = MmapedDict(str(folder / f"gauge_mostrecent_vllmext-{pid}.db"))
+
+    def set_counter(self, name: str, text: str, labels: dict[str, str], total: float) -> None:
+        """Sets a counter to its total so far.
+
+        Args:
+            name: without ``_total``.
+            text: the help text.
+            labels: by name.
+            total: never falls.
+        """
+        key = mmap_key(name, name + "_total", list(labels), list(labels.values()), text)
+        self._counters.write_value(key, float(total), 0.0)
+
+    def set_gauge(self, name: str, text: str, labels: dict[str, str], value: float) -> None:
+        """Sets a gauge; ``MmapedDict`` chooses "mostrecent" ones by their time stamp."""
+        key = mmap_key(name, name, list(labels), list(labels.values()), text)
+        self._gauges.write_value(key, float(value), time.time())
+
+
+def figure_files() -> FigureFiles | None:
+    """This process's files, or None when nobody will read them."""
+    folder = metrics_folder()
+    return None if folder is None else _files_of(folder, os.getpid())
+
+
+@cache
+def _files_of(folder: Path, pid: int) -> FigureFiles:
+    # Two MmapedDicts on one file would overwrite each other: one per process and folder.
+    return FigureFiles(folder)

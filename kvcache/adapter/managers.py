@@ -1,0 +1,170 @@
+"""KV cache managers: they free what the policy lets go, and hit only what can go on.
+
+Registered through the platform's ``register_custom_kv_cache_specs``. Prefix caching: a hit
+needs the sink blocks and a live tail as long as the window; the gap between them is null
+blocks. Keys of the cache carry the group id, and one group has one policy, so that blocks of
+one policy are never found by another or by a dense group; a server has one policy for all
+requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from kvcache.adapter.figures import figure_files
+from kvcache.adapter.specs import PromptCachedSpec, SinkWindowSpec
+from kvcache.retention import usable_prefix
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.request import Request
+
+
+FREED = ("vllm_ext:kv_blocks_freed", "KV blocks returned to the pool by retention policies.")
+EVICTED = ("vllm_ext:kv_tokens_evicted", "Tokens whose keys and values were evicted, per group.")
+HELD = ("vllm_ext:kv_blocks_held", "KV blocks that requests hold under a retention policy.")
+_HELD_INTERVAL_S = 1.0
+
+
+class SinkWindowManager(SlidingWindowManager):
+    """Keeps sinks and window of every request; frees the gap while it forms."""
+
+    kv_cache_spec: SinkWindowSpec
+
+    def __init__(self, kv_cache_spec: SinkWindowSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._policy = kv_cache_spec.policy
+        self.num_freed_blocks = 0  # since the start, while their requests went on
+        self._held_written_at = 0.0
+        group = str(self.kv_cache_group_id)
+        self._labels = {"group": group, "policy": self._policy.identity}
+
+    def num_held_blocks(self) -> int:
+        """Blocks that requests hold now, shared ones counted for each."""
+        return sum(not block.is_null for blocks in self.req_to_blocks.values() for block in blocks)
+
+    def new_step_starts(self) -> None:
+        """vLLM's hook before every step: shows, now and then, what is held."""
+        super().new_step_starts()
+        now = time.monotonic()
+        if now - self._held_written_at < _HELD_INTERVAL_S:
+            return
+        self._held_written_at = now
+        if (files := figure_files()) is not None:
+            files.set_gauge(*HELD, self._labels, self.num_held_blocks())
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """0: no *head* of a request is ever skipped, its sinks stay.
+
+        vLLM's callers would cut the sinks off otherwise; the gap is in the list of computed
+        blocks as null blocks already.
+        """
+        return 0
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """vLLM's count; at admission, gaps of a prefix hit are not taken for held blocks."""
+        needed = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
+        cap = self.max_admission_blocks_per_request
+        if not kwargs.get("apply_admission_cap") or cap is None:
+            return int(needed)
+        missing = -(-num_tokens // self.block_size) - len(new_computed_blocks)
+        live = sum(not block.is_null for block in new_computed_blocks)
+        evictable = self._get_num_evictable_blocks(new_computed_blocks)
+        return max(int(needed), min(missing, cap - live) + evictable)
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Frees the gap, during chunked prefill as well as in decode."""
+        gap = self._policy.evictable(processed_computed_tokens, self.block_size)
+        if not len(gap) or request_id not in self.req_to_blocks:
+            return
+        free_before = self.block_pool.get_num_free_blocks()
+        self._remove_blocks_in_range(request_id, gap.first, gap.last)
+        freed = self.block_pool.get_num_free_blocks() - free_before
+        if freed:
+            self._count(freed)
+
+    def _count(self, freed_blocks: int) -> None:
+        self.num_freed_blocks += freed_blocks
+        if (files := figure_files()) is not None:
+            evicted_tokens = self.num_freed_blocks * self.block_size
+            files.set_counter(*FREED, self._labels, self.num_freed_blocks)
+            files.set_counter(*EVICTED, self._labels, evicted_tokens)
+
+    @classmethod
+    def find_longest_cache_hit(  # type: ignore[override]
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: SinkWindowSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The longest prefix whose sinks and tail are cached, gaps as null blocks."""
+        assert not drop_eagle_block, "speculative decoding is refused at start-up"
+        assert dcp_world_size == pcp_world_size == 1, "context parallelism is refused at start-up"
+        block_size, policy = kv_cache_spec.block_size, kv_cache_spec.policy
+        hashes = resolve_block_hashes(
+            block_hashes,
+            block_pool.hash_block_size,
+            block_size,
+            supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
+            alignment_tokens=alignment_tokens,
+        )
+        found = [
+            block_pool.get_cached_block(hashes[index], kv_cache_group_ids)
+            for index in range(max_length // block_size)
+        ]
+        sinks, tail = policy.sink_blocks(block_size), policy.tail_blocks_for_hit(block_size)
+        length, gap = usable_prefix([f is not None for f in found], sinks, tail)
+        while length * block_size % alignment_tokens:
+            known = [f is not None for f in found[: length - 1]]
+            length, gap = usable_prefix(known, sinks, tail)
+        blocks: tuple[list[KVCacheBlock], ...] = tuple([] for _ in kv_cache_group_ids)
+        for index in range(length):
+            cached = None if gap.first <= index < gap.last else found[index]
+            for group, into in enumerate(blocks):
+                into.append(block_pool.null_block if cached is None else cached[group])
+        return blocks, length * block_size
+
+    @classmethod
+    def reachable_block_mask(cls, *args: Any, **kwargs: Any) -> list[bool] | None:
+        """None: every block may serve a hit, as a sink or as somebody's tail."""
+        return None
+
+
+class PromptCachedManager(FullAttentionManager):
+    """Full attention whose generated blocks stay out of the prefix cache."""
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """vLLM's, up to the end of the prompt."""
+        super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **kwargs)
+
+
+def register() -> None:
+    """Makes the specs known to vLLM; called again without effect."""
+    KVCacheSpecRegistry.register(SinkWindowSpec, SinkWindowManager, SinkWindowSpec)
+    KVCacheSpecRegistry.register(PromptCachedSpec, PromptCachedManager, PromptCachedSpec)

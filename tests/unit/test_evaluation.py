@@ -1,0 +1,136 @@
+"""The evaluation's prompts, columns, forcing and report; no engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from vllm_ext.cli import eval as eval_command
+from vllm_ext.errors import UserError
+from vllm_ext.evaluation import prompts, report
+from vllm_ext.evaluation.run import DENSE, make_columns
+
+
+class Characters:
+    """A tokenizer of one token per character."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def _text(ids: list[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+def test_needles_are_where_they_should_be_and_asked_for_at_the_end() -> None:
+    counts = {"passkey": 2, "multi_key": 1, "multi_value": 1}
+    found = prompts.needle_prompts(Characters(), 3, counts, [2000, 4000], [0.0, 0.5, 1.0])
+    assert len(found) == 4 * 2 * 3
+    assert found == prompts.needle_prompts(Characters(), 3, counts, [2000, 4000], [0.0, 0.5, 1.0])
+    for prompt in found:
+        text = _text(prompt.ids)
+        assert prompt.length_tokens - 200 < len(text) <= prompt.length_tokens
+        assert text.endswith(" is")
+        assert prompt.score(text) == 1.0
+        assert prompt.score("") == 0.0
+        where = text.index(prompt.answers[0]) / len(text)
+        assert abs(where - prompt.depth) < 0.25
+
+
+def test_texts_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(chr(33 + i % 90) for i in range(5000)))
+    first = prompts.text_prompts(Characters(), 1, 3, 500, corpus)
+    assert first == prompts.text_prompts(Characters(), 1, 3, 500, corpus)
+    assert [len(ids) for ids in first] == [500] * 3
+    assert len(prompts.text_prompts(Characters(), 1, 2, 500, None)[1]) == 500
+
+
+def test_columns_share_engines_where_requests_may_choose() -> None:
+    columns = make_columns(["TIDAL_DECODE", "SINK_WINDOW"], [256, 512], {"sink_tokens": 32})
+    assert [c.name for c in columns] == [
+        DENSE,
+        "TIDAL_DECODE@256",
+        "TIDAL_DECODE@512",
+        "SINK_WINDOW@256",
+        "SINK_WINDOW@512",
+    ]
+    assert columns[0].method == "TIDAL_DECODE"
+    assert columns[0].extra_args == {"sparse": "off"}
+    assert columns[0].settings == columns[1].settings == columns[2].settings
+    assert columns[3].settings == {"sink_tokens": 32, "window_tokens": 224}
+    alone = make_columns(["SINK_WINDOW"], [512], {})
+    assert (alone[0].method, alone[1].settings["window_tokens"]) == ("SPARSE_FULL", 448)
+
+
+def test_forcing_compares_full_distributions_and_forces(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from vllm_ext.forcing import KEY, ForcingProcessor
+
+    file = str(tmp_path / "dense.npy")
+    numpy.save(file, numpy.zeros((2, 5), dtype=numpy.float32))
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5)
+    for name, tokens in ((None, None), ("same", [3, 1]), ("other", [3, 1])):
+        processor = ForcingProcessor(None, torch.device("cpu"), False)
+        output: list[int] = []
+        asked = {"name": name, "file": file, "tokens": tokens}
+        params = SimpleNamespace(extra_args={KEY: asked})
+        processor.update_state(
+            SimpleNamespace(added=[(0, params, None, output)], removed=[], moved=[])
+        )
+        for step in range(3):  # one more than asked for, as engines may run ahead
+            given = logits[[min(step, 1)]].clone() + (torch.eye(5)[[0]] if name == "other" else 0)
+            result = processor.apply(given)
+            if tokens is not None and step < 2:
+                assert int(result.argmax()) == tokens[step]
+            output.append(0)
+    same, other = ForcingProcessor.results.pop("same"), ForcingProcessor.results.pop("other")
+    assert len(same) == len(other) == 2
+    assert all(abs(kl) < 1e-6 and agrees for kl, agrees in same)
+    assert all(kl > 1e-3 for kl, _ in other)
+
+
+def _evaluation() -> dict[str, Any]:
+    scores = {DENSE: 1.0, "TIDAL_DECODE@512": 0.5}
+    needle = {"kind": "passkey", "length_tokens": 2048, "depth": 0.5, "scores": scores}
+    work = {"model": "m/x", "lengths_tokens": [2048], "depths": [0.5], "text_prompts": 1}
+    work |= {"text_tokens": 10, "text_steps": 2, "seed": 0, "dtype": "bfloat16"}
+    return {
+        "columns": list(scores),
+        "needles": [needle, needle],
+        "texts": {"TIDAL_DECODE@512": {"kl": [0.1, 0.3], "agrees": [1.0, 0.0]}},
+        "workload": work,
+        "machine": {"vllm": "0.32", "cpu": "2 x", "gpu": "none"},
+    }
+
+
+def test_the_report_has_a_row_per_column_and_its_plots(tmp_path: Path) -> None:
+    table = report.markdown(_evaluation())
+    assert "| dense | 100.0% | 100.0% |  |  |" in table
+    assert "| TIDAL_DECODE@512 | 50.0% | 50.0% | 0.2000 | 50.0% |" in table
+    pytest.importorskip("matplotlib")
+    for image in report.plots(_evaluation(), tmp_path / "eval"):
+        assert image.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--methods", "NOPE"], "unknown NOPE"),
+        (["--depths", "1.5"], "between 0 and 1"),
+        (["--budgets", "8"], "at least 64"),
+        (["--passkey", "-1"], "--passkey is -1"),
+        (["--corpus", "/nowhere"], "/nowhere does not exist"),
+    ],
+)
+def test_bad_arguments_are_named(flags: list[str], words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 8192}))
+    with pytest.raises(UserError, match=words):
+        eval_command.main([str(tmp_path), *flags])
