@@ -81,5 +81,6 @@ class DecodePlan:
     anchor: AnchorState | None
     decode_rule: SpanRule | None
     prefill_rule: SpanRule | None
+    decodes_densely: bool  # no decode row is sparse: selecting would cost and change nothing
     roles: dict[str, LayerRole]  # by the engine's layer name
     head_maps: dict[str, torch.Tensor]  # of REUSE layers that need one: [num_kv_heads] int64

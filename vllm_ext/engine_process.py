@@ -68,8 +68,16 @@ class EngineProcess:
             ``seconds``, ``tokens`` (ids per prompt) and ``forced``, what ``ForcingProcessor``
             collected.
         """
+        return self._ask({"prompts": prompts, "max_tokens": max_tokens, "extra_args": extra_args})
+
+    def score(self, prompts: list[list[int]]) -> list[list[float]]:
+        """Log-probability of every token of every prompt but its first."""
+        answer = self._ask({"prompts": prompts, "max_tokens": 1, "scores_prompts": True})
+        scores: list[list[float]] = answer["scores"]
+        return scores
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
-        request = {"prompts": prompts, "max_tokens": max_tokens, "extra_args": extra_args}
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return self._answer()
 
@@ -100,8 +108,9 @@ def _serve(engine: dict[str, Any]) -> None:
                 ignore_eos=True,
                 detokenize=False,
                 extra_args=extra_args,
+                prompt_logprobs=0 if request.get("scores_prompts") else None,
             )
-            for extra_args in request["extra_args"] or [None] * len(prompts)
+            for extra_args in request.get("extra_args") or [None] * len(prompts)
         ]
         started = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -109,8 +118,17 @@ def _serve(engine: dict[str, Any]) -> None:
             "seconds": time.perf_counter() - started,
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
             "forced": _forced() if engine.get("logits_processors") else {},
+            "scores": [_scores(output) for output in outputs if output.prompt_logprobs],
         }
         print(_MARK + json.dumps(answer), flush=True)
+
+
+def _scores(output: Any) -> list[float]:
+    ids = output.prompt_token_ids
+    return [
+        position[token].logprob
+        for token, position in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+    ]
 
 
 def _forced() -> dict[str, Any]:

@@ -15,8 +15,8 @@ class CpuPagedAttention:
     """vLLM's CPU attention op. Dense only: it has a window but no sinks, and no masks."""
 
     def __init__(self) -> None:
-        self._batch: PagedBatch | None = None
-        self._scheduler_metadata: torch.Tensor | None = None
+        # Of this step's decode and prefill rows: made once and not once per layer.
+        self._metadata: list[tuple[PagedBatch, torch.Tensor]] = []
 
     def run(
         self,
@@ -32,9 +32,9 @@ class CpuPagedAttention:
         from vllm import _custom_ops
 
         num_kv_heads, _, head_size = key_cache.shape[1:]
-        if batch is not self._batch:  # once per batch and not once per layer
-            self._batch = batch
-            self._scheduler_metadata = _custom_ops.cpu_attn_get_scheduler_metadata(
+        metadata = next((made for of, made in self._metadata if of is batch), None)
+        if metadata is None:
+            metadata = _custom_ops.cpu_attn_get_scheduler_metadata(
                 num_reqs=batch.num_reqs,
                 num_heads=query.shape[1],
                 num_kv_heads=num_kv_heads,
@@ -47,6 +47,7 @@ class CpuPagedAttention:
                 isa="vec" if head_size % 32 == 0 else "vec16",
                 enable_kv_split=True,
             )
+            self._metadata = [*self._metadata[-1:], (batch, metadata)]
         _custom_ops.cpu_attention_with_kv_cache(
             query=query,
             # The op takes both halves of a tile as [block_size, head_size].
@@ -61,7 +62,7 @@ class CpuPagedAttention:
             sliding_window=-1,
             block_table=batch.block_table,
             softcap=0.0,
-            scheduler_metadata=self._scheduler_metadata,
+            scheduler_metadata=metadata,
             s_aux=None,
         )
 
@@ -73,6 +74,10 @@ class CpuPagedAttention:
             return "offered on x86 CPUs only"
         if context.with_rule:
             return "has no sink blocks"
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        if layout.head_size not in CPUAttentionBackend.get_supported_head_sizes():
+            return f"the engine's kernel does not take heads of {layout.head_size}"
         if layout.order is not KVOrder.KEY_TRANSPOSED or layout.block_size % 32:
             return "needs KEY_TRANSPOSED blocks of a multiple of 32 tokens"
         return None

@@ -120,13 +120,17 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             max_seq_len=common.max_seq_len,
         )
         decode = prefill = selection = anchor = decode_rule = prefill_rule = None
+        decodes_densely = False
         if num_decodes:
             decode = batch.rows(0, num_decodes, 0, num_decode_tokens)
             selection = self._selector.select(decode)
             options = BOOK.of_rows(num_decodes)
             anchor = self._selector.anchor_state(decode, options)
             decode_rule = self._selector.span_rule(num_decodes)
-            self._count(common, num_decodes, options)
+            reasons = self._reasons(common, num_decodes, options)
+            decodes_densely = all(path == "dense" for path, _ in reasons)
+            if self._counters is not None:
+                self._counters.add(reasons)
         if num_prefills:
             prefill = batch.rows(num_decodes, batch.num_reqs, num_decode_tokens, batch.num_tokens)
             prefill_rule = self._selector.span_rule(num_prefills)
@@ -139,22 +143,20 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             anchor=anchor,
             decode_rule=decode_rule,
             prefill_rule=prefill_rule,
+            decodes_densely=decodes_densely,
             roles=self._roles,
             head_maps=self._head_maps,
         )
         return ExtMetadata(plan, self._ops)
 
-    def _count(
+    def _reasons(
         self, common: CommonAttentionMetadata, num_decodes: int, options: dict[int, RowOptions]
-    ) -> None:
-        if self._counters is None:
-            return
+    ) -> dict[tuple[str, str], int]:
         seq_lens_cpu = common.seq_lens_cpu_upper_bound
         if seq_lens_cpu is None:
-            self._counters.add({("sparse", "unknown_length"): num_decodes})
-        else:
-            reasons = self._selector.row_reasons(seq_lens_cpu[:num_decodes], options)
-            self._counters.add(reasons)
+            return {("sparse", "unknown_length"): num_decodes}
+        reasons = self._selector.row_reasons(seq_lens_cpu[:num_decodes], options)
+        return {reason: count for reason, count in reasons.items() if count}
 
 
 def op_context(

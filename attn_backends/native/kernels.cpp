@@ -20,6 +20,7 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -205,12 +206,17 @@ struct DecodeArgs {
   float scale;
 };
 
-// Attention of one decode row's head group over selected blocks [first, last). Where
-// block_lse is given, block i's log-sum-exp of head g goes to block_lse[g * lse_stride + i].
+// What a block's weights are relative to, and their sum; [group, width] each, or null.
+struct BlockStats {
+  float *max, *sum;
+};
+
+// Attention of one decode row's head group over selected blocks [first, last). Where stats are
+// given, those of block i and head g go to index g * stats_width + i.
 template <typename T>
 void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head, int64_t first,
                   int64_t last, float* scratch, SoftmaxState* states, float* out,
-                  float* block_lse, int64_t lse_stride) {
+                  BlockStats stats, int64_t stats_width) {
   const int64_t head_size = a.cache.head_size, block_size = a.cache.block_size;
   const int64_t position = a.seq_lens[row] - 1;
   const bool has_rule = a.sink != nullptr;
@@ -243,7 +249,10 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
     for (int64_t g = 0; g < a.group; ++g) {
       const float sum = softmax_row(logits + g * block_size, block_size, hidden_begin, hidden_end,
                                     end, states[g], out + g * head_size, head_size);
-      if (block_lse) block_lse[g * lse_stride + i] = states[g].max + std::log(sum);
+      if (stats.max) {
+        stats.max[g * stats_width + i] = states[g].max;
+        stats.sum[g * stats_width + i] = sum;
+      }
     }
     // Hidden tokens are not read at all: their memory may hold NaN, and 0 * NaN is NaN.
     add_values(logits, a.group, block_size, value, head_size, 0, hidden_begin, out);
@@ -251,10 +260,10 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
   }
 }
 
-// Merges a row's pieces; where lse is given, head g's log-sum-exp over them goes to lse[g].
+// Merges a row's pieces; each head's maximum and sum of weights over them goes to totals[g].
 template <typename T>
 void merge_pieces(const float* pieces, int64_t num_pieces, int64_t group, int64_t head_size,
-                  T* out, float* lse) {
+                  T* out, SoftmaxState* totals) {
   const int64_t width = head_size + 2;  // accumulator, maximum, sum
   std::vector<float> total(head_size);
   for (int64_t g = 0; g < group; ++g) {
@@ -269,10 +278,27 @@ void merge_pieces(const float* pieces, int64_t num_pieces, int64_t group, int64_
       sum += weight * piece[head_size + 1];
       for (int64_t d = 0; d < head_size; ++d) total[d] += weight * piece[d];
     }
-    if (lse) lse[g] = max + std::log(sum);
+    totals[g] = {max, sum};
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // no block selected: zeros
     for (int64_t d = 0; d < head_size; ++d)
       out[g * head_size + d] = static_cast<T>(total[d] * inverse);
+  }
+}
+
+// Shares of the blocks in a row's attention, summed over the heads of a group; 0 past the end.
+inline void sum_masses(BlockStats stats, const std::vector<SoftmaxState>& totals,
+                       int64_t num_blocks, int64_t width, float* mass) {
+  std::fill(mass, mass + width, 0.f);
+  for (size_t g = 0; g < totals.size(); ++g) {
+    const float *max = stats.max + g * width, *sum = stats.sum + g * width;
+    const float inverse = 1.f / totals[g].sum;
+    const Vec row_max(totals[g].max), scale(inverse);
+    int64_t b = 0;
+    for (; b + kLanes <= num_blocks; b += kLanes) {
+      const Vec share = Vec::loadu(sum + b) * scale * (Vec::loadu(max + b) - row_max).exp();
+      (Vec::loadu(mass + b) + share).store(mass + b);
+    }
+    for (; b < num_blocks; ++b) mass[b] += sum[b] * inverse * std::exp(max[b] - totals[g].max);
   }
 }
 
@@ -301,9 +327,12 @@ void decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tensor& out,
       first_piece[row * heads + head + 1] = pieces.size();
     }
   std::vector<float> partial(pieces.size() * group * width);
-  std::vector<float> block_lse(mass ? num_reqs * heads * group * mass_width : 0);
-  const auto lse_of = [&](int64_t row_head) {
-    return mass ? block_lse.data() + row_head * group * mass_width : nullptr;
+  // Not initialised: every block of a row writes its own, and no other is read.
+  const int64_t num_stats = mass ? num_reqs * heads * group * mass_width : 0;
+  const std::unique_ptr<float[]> all_stats(new float[2 * num_stats]);
+  const auto stats_of = [&](int64_t row_head) {
+    float* first = all_stats.get() + row_head * group * mass_width;
+    return mass ? BlockStats{first, first + num_stats} : BlockStats{nullptr, nullptr};
   };
   const T* query_data = query.const_data_ptr<T>();
   T* out_data = out.mutable_data_ptr<T>();
@@ -317,7 +346,7 @@ void decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tensor& out,
       std::fill(states.begin(), states.end(), SoftmaxState{});
       decode_piece<T>(a, query_data + piece.row * query.stride(0) + piece.head * group * head_size,
                       piece.row, piece.head, piece.first, piece.last, scratch.data(),
-                      states.data(), sums.data(), lse_of(piece.row * heads + piece.head),
+                      states.data(), sums.data(), stats_of(piece.row * heads + piece.head),
                       mass_width);
       for (int64_t g = 0; g < group; ++g) {
         float* slot = partial.data() + (i * group + g) * width;
@@ -327,21 +356,20 @@ void decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tensor& out,
       }
     }
   });
-  std::vector<float> row_lse(group);
-  for (int64_t i = 0; i < num_reqs * heads; ++i) {
-    merge_pieces<T>(partial.data() + first_piece[i] * group * width,
-                    first_piece[i + 1] - first_piece[i], group, head_size,
-                    out_data + (i / heads) * out.stride(0) + (i % heads) * group * head_size,
-                    mass ? row_lse.data() : nullptr);
-    if (!mass) continue;
-    float* to = mass + i * mass_width;
-    const int64_t num_blocks =
-        (a.seq_lens[i / heads] + a.cache.block_size - 1) / a.cache.block_size;
-    std::fill(to, to + mass_width, 0.f);
-    for (int64_t g = 0; g < group; ++g)
-      for (int64_t b = 0; b < num_blocks; ++b)
-        to[b] += std::exp(lse_of(i)[g * mass_width + b] - row_lse[g]);
-  }
+  at::parallel_for(0, num_reqs * heads, mass ? 1 : 64, [&](int64_t begin, int64_t end) {
+    std::vector<SoftmaxState> totals(group);
+    for (int64_t i = begin; i < end; ++i) {
+      merge_pieces<T>(partial.data() + first_piece[i] * group * width,
+                      first_piece[i + 1] - first_piece[i], group, head_size,
+                      out_data + (i / heads) * out.stride(0) + (i % heads) * group * head_size,
+                      totals.data());
+      if (mass) {
+        const int64_t num_blocks =
+            (a.seq_lens[i / heads] + a.cache.block_size - 1) / a.cache.block_size;
+        sum_masses(stats_of(i), totals, num_blocks, mass_width, mass + i * mass_width);
+      }
+    }
+  });
 }
 
 // Forced sink and recent blocks, then the blocks of most mass; ascending, -1 padded.

@@ -106,6 +106,7 @@ def _evaluation() -> dict[str, Any]:
         "columns": list(scores),
         "needles": [needle, needle],
         "texts": {"TIDAL_DECODE@512": {"kl": [0.1, 0.3], "agrees": [1.0, 0.0]}},
+        "nll_by_position": report.nll_by_position({DENSE: [[-1.0] * 900, [-3.0] * 900]}),
         "workload": work,
         "machine": {"vllm": "0.32", "cpu": "2 x", "gpu": "none"},
     }
@@ -115,6 +116,7 @@ def test_the_report_has_a_row_per_column_and_its_plots(tmp_path: Path) -> None:
     table = report.markdown(_evaluation())
     assert "| dense | 100.0% | 100.0% |  |  |" in table
     assert "| TIDAL_DECODE@512 | 50.0% | 50.0% | 0.2000 | 50.0% |" in table
+    assert _evaluation()["nll_by_position"] == {DENSE: [2.0, 2.0]}
     pytest.importorskip("matplotlib")
     for image in report.plots(_evaluation(), tmp_path / "eval"):
         assert image.stat().st_size > 1000

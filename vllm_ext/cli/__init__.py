@@ -17,7 +17,7 @@ COMMANDS = {
     "demo-model": ("vllm_ext.demo_model", "prepare the demo model"),
     "profile": ("vllm_ext.cli.profile", "calibrate TIDAL_DECODE for a checkpoint"),
     "eval": ("vllm_ext.cli.eval", "fidelity of the methods against dense"),
-    "bench": ("vllm_ext.cli.bench", "compare decode time with stock vLLM"),
+    "bench": ("vllm_ext.cli.bench", "decode time, capacity and kernels, against stock vLLM"),
 }
 
 

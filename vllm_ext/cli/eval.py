@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-prompts", type=int, default=8, help="natural texts (8)")
     parser.add_argument("--text-tokens", type=int, default=4096, help="tokens of each (4096)")
     parser.add_argument("--text-steps", type=int, default=64, help="decode steps compared (64)")
+    parser.add_argument(
+        "--long-texts", type=int, default=2, help="texts scored up to the model's length (2)"
+    )
     parser.add_argument("--corpus", type=Path, help="text file (default: Python's library)")
     parser.add_argument("--seed", type=int, default=0, help="for needles and texts (0)")
     parser.add_argument("--kv-gib", type=float, default=3.0, help="KV pool of an engine (3)")
@@ -75,7 +78,7 @@ def _check(args: Any, methods: list[str]) -> None:
     for name in ("budgets", "lengths"):
         if any(value < 64 for value in getattr(args, name)):
             raise UserError(f"--{name} is {getattr(args, name)}; each must be at least 64 tokens")
-    for name in ("passkey", "multi_key", "multi_value", "text_prompts"):
+    for name in ("passkey", "multi_key", "multi_value", "text_prompts", "long_texts"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; 0 or more")
     for name in ("text_tokens", "text_steps"):
@@ -112,6 +115,7 @@ def main(argv: list[str]) -> int:
         "machine": machine(),
         "needles": evaluation.needles,
         "texts": evaluation.texts,
+        "nll_by_position": report.nll_by_position(evaluation.scores),
     }
     result["summary"] = report.summary(result)
     table = report.markdown(result)
@@ -151,8 +155,11 @@ def _job(args: Any, max_positions: int) -> Job:
         texts=prompts.text_prompts(
             tokenizer, args.seed, args.text_prompts, args.text_tokens, args.corpus
         ),
+        long_texts=prompts.text_prompts(
+            tokenizer, args.seed + 1, args.long_texts, max_positions - 1, args.corpus
+        ),
         text_steps=args.text_steps,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
         kv_bytes=int(args.kv_gib * (1 << 30)),
-        max_model_len=longest,
+        max_model_len=max_positions if args.long_texts else longest,
     )

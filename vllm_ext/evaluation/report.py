@@ -31,6 +31,26 @@ def summary(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return result
 
 
+BIN_TOKENS = 512
+
+
+def nll_by_position(scores: dict[str, list[list[float]]]) -> dict[str, list[float]]:
+    """Mean negative log-likelihood of texts' tokens, in bins of ``BIN_TOKENS`` positions.
+
+    Args:
+        scores: log-probabilities by column and text.
+    """
+    result = {}
+    for column, texts in scores.items():
+        longest = max((len(text) for text in texts), default=0)
+        bins = range(0, longest - BIN_TOKENS // 2, BIN_TOKENS)
+        result[column] = [
+            -fmean(value for text in texts for value in text[first : first + BIN_TOKENS])
+            for first in bins
+        ]
+    return {column: values for column, values in result.items() if values}
+
+
 def _cell(value: float | None, style: str) -> str:
     return "" if value is None else format(value, style)
 
@@ -76,9 +96,12 @@ def plots(evaluation: dict[str, Any], prefix: Path) -> list[Path]:
     matplotlib.use("agg")
     written = [prefix.with_name(prefix.name + "-budget.png")]
     _plot_budgets(evaluation, written[0])
+    if evaluation["nll_by_position"]:
+        written.append(prefix.with_name(prefix.name + "-position.png"))
+        _plot_positions(evaluation["nll_by_position"], written[-1])
     if evaluation["needles"]:
         written.append(prefix.with_name(prefix.name + "-depth.png"))
-        _plot_depths(evaluation, written[1])
+        _plot_depths(evaluation, written[-1])
     return written
 
 
@@ -107,6 +130,22 @@ def _plot_budgets(evaluation: dict[str, Any], path: Path) -> None:
         if axes.lines:
             axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _plot_positions(curves: dict[str, list[float]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    for column, values in curves.items():
+        middles = [(index + 0.5) * BIN_TOKENS for index in range(len(values))]
+        axes.plot(middles, values, marker="o", label=column)
+    axes.set(title="reading a long text", xlabel="position, tokens", ylabel="nats per token")
+    axes.set_ylim(0, None)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

@@ -75,6 +75,7 @@ class Job:
         model: folder.
         needles: prompts with answers.
         texts: token ids of prompts to continue.
+        long_texts: token ids of prompts whose own tokens are scored.
         text_steps: decode steps compared per text.
         decode: token ids to text.
         kv_bytes: KV pool of an engine.
@@ -84,6 +85,7 @@ class Job:
     model: str
     needles: list[NeedlePrompt]
     texts: list[list[int]]
+    long_texts: list[list[int]]
     text_steps: int
     decode: Callable[[list[int]], str]
     kv_bytes: int
@@ -105,6 +107,7 @@ class Evaluation:
             for prompt in job.needles
         ]
         self.texts: dict[str, dict[str, list[float]]] = {}
+        self.scores: dict[str, list[list[float]]] = {}  # log-probabilities of long texts' tokens
 
     def run(self, vocabulary: int) -> None:
         """All engines, one after another."""
@@ -115,6 +118,7 @@ class Evaluation:
                 try:
                     self._run_needles(engine, group)
                     self._run_texts(engine, group, Path(folder))
+                    self._run_long_texts(engine, group[0])
                 finally:
                     engine.close()
 
@@ -190,6 +194,12 @@ class Evaluation:
                 steps["kl"] += [kl for kl, _ in found]
                 steps["agrees"] += [float(agrees) for _, agrees in found]
             self._progress(engine.name, len(prompts) * len(columns))
+
+    def _run_long_texts(self, engine: EngineProcess, column: Column) -> None:
+        """One text at a time. A method whose prefill is dense scores like dense: the first of
+        its columns stands for all.
+        """
+        self.scores[column.name] = [engine.score([ids])[0] for ids in self._job.long_texts]
 
 
 def _by_engine(columns: list[Column]) -> Iterable[list[Column]]:
