@@ -43,11 +43,12 @@ class Profile(BaseModel):
     dense_layers: list[int]
     anchor_layers: list[int]
     head_maps: dict[int, list[int]]
+    full_layers: list[int] = Field(default_factory=list)  # of SINK_WINDOW: keep and read all
     calibration: dict[str, Any]
 
     @model_validator(mode="after")
     def _layers_and_heads_exist(self) -> Profile:
-        for field in ("dense_layers", "anchor_layers"):
+        for field in ("dense_layers", "anchor_layers", "full_layers"):
             wrong = [layer for layer in getattr(self, field) if not 0 <= layer < self.num_layers]
             if wrong:
                 raise ValueError(f"{field} has {wrong}; layers are 0 to {self.num_layers - 1}")
@@ -80,6 +81,21 @@ class Profile(BaseModel):
             for layer in range(self.num_layers)
         )
         return LayerSchedule(roles, {layer: tuple(h) for layer, h in self.head_maps.items()})
+
+
+def require_fit(profile: Profile, num_layers: int, num_kv_heads: int) -> None:
+    """Refuses a profile of another shape.
+
+    Raises:
+        ConfigError: names both shapes.
+    """
+    if (profile.num_layers, profile.num_kv_heads) != (num_layers, num_kv_heads):
+        raise ConfigError(
+            f"profile for {profile.model} has {profile.num_layers} layers of "
+            f"{profile.num_kv_heads} KV heads; this model has {num_layers} of {num_kv_heads} "
+            "(tensor parallelism is not supported by profiles yet). "
+            "Make one with: vllm-ext profile MODEL"
+        )
 
 
 def load_profile(path: Path) -> Profile:

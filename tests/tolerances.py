@@ -3,8 +3,8 @@
 Attention
     The yardstick is a dense computation in fp64. The kernel may be at most twice (in fp32
     four times: docs/adr/0006) as far from it as a plain eager computation in the kernel's
-    own dtype, plus one rounding of the largest result: where eager happens to be exact, the kernel still has to round its
-    output and may sum in another order.
+    own dtype, plus one rounding of the largest result: where eager happens to be exact, the
+    kernel still has to round its output and may sum in another order.
 Data movement
     Exact, NaN and signed zeros included.
 

@@ -15,7 +15,7 @@ class CpuPagedAttention:
     """vLLM's CPU attention op. Dense only: it has a window but no sinks, and no masks."""
 
     def __init__(self) -> None:
-        # Of this step's decode and prefill rows: made once and not once per layer.
+        # Of this step's decode and prefill rows of each KV group: not once per layer.
         self._metadata: list[tuple[PagedBatch, torch.Tensor]] = []
 
     def run(
@@ -47,7 +47,7 @@ class CpuPagedAttention:
                 isa="vec" if head_size % 32 == 0 else "vec16",
                 enable_kv_split=True,
             )
-            self._metadata = [*self._metadata[-1:], (batch, metadata)]
+            self._metadata = [*self._metadata[-15:], (batch, metadata)]
         _custom_ops.cpu_attention_with_kv_cache(
             query=query,
             # The op takes both halves of a tile as [block_size, head_size].

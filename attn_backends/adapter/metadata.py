@@ -94,8 +94,9 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             ),
             config.kernel,
         )
-        # Every rank of a replica serves the same rows: one of them counts.
-        is_counting = vllm_config.parallel_config.rank == 0
+        # Every rank and every KV group serves the same rows: one of them counts.
+        is_first = min(indices.values()) == min(extract_layer_index(name) for name in layers)
+        is_counting = is_first and vllm_config.parallel_config.rank == 0
         self._counters = RowCounters(method.name) if is_counting else None
         logger.info(
             "%s: block %d tokens; %s; %s", method.name, geometry.block_size, self._ops, config

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
+from attn_backends.profile import load_profile, require_fit
 from kvcache.retention import KeepAll, RetentionPolicy, SinkWindowRetention
 
 RETENTION_CHOICES = ("evict", "keep_all")
@@ -32,6 +34,8 @@ class SinkWindowConfig(MethodConfig):
         window_tokens: last tokens that are attended, the current one included; at least
             one KV block (checked again against the real block size at start-up).
         retention: ``evict`` frees the blocks between sinks and window, ``keep_all`` does not.
+        profile: path of a profile whose ``full_layers`` keep and read everything (DuoAttention's
+            split, arXiv 2410.10819, at layer level); empty: every layer has the window.
 
     Raises:
         ConfigError: a value out of its range.
@@ -40,6 +44,7 @@ class SinkWindowConfig(MethodConfig):
     sink_tokens: int = 64
     window_tokens: int = 1024
     retention: str = "evict"
+    profile: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,15 +123,30 @@ class SinkWindowSelector:
         return {("sparse", "selected"): num_selected, ("sparse", "everything_kept"): num_kept}
 
 
-def _schedule(config: MethodConfig, geometry: Geometry) -> LayerSchedule:
-    return LayerSchedule.uniform(LayerRole.SELECTED, geometry.num_layers)
+def _full_layers(config: SinkWindowConfig, geometry: Geometry) -> list[int]:
+    if not config.profile:
+        return []
+    profile = load_profile(Path(config.profile))
+    require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
+    return profile.full_layers
+
+
+def _schedule(config: SinkWindowConfig, geometry: Geometry) -> LayerSchedule:
+    full = _full_layers(config, geometry)
+    return LayerSchedule(
+        tuple(
+            LayerRole.DENSE if layer in full else LayerRole.SELECTED
+            for layer in range(geometry.num_layers)
+        )
+    )
 
 
 def _retention(config: SinkWindowConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
-    policy: RetentionPolicy = KeepAll()
-    if config.retention == "evict":
-        policy = SinkWindowRetention(config.sink_tokens, config.window_tokens)
-    return (policy,) * geometry.num_layers
+    if config.retention == "keep_all":
+        return (KeepAll(),) * geometry.num_layers
+    full = _full_layers(config, geometry)
+    window = SinkWindowRetention(config.sink_tokens, config.window_tokens)
+    return tuple(KeepAll() if layer in full else window for layer in range(geometry.num_layers))
 
 
 METHOD = SparseMethod(

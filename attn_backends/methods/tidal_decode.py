@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attn_backends.budget import BudgetConfig, BudgetSelector, prompts_cached
-from attn_backends.config import ConfigError
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
-from attn_backends.profile import Profile, load_profile, shipped_profile
+from attn_backends.profile import Profile, load_profile, require_fit, shipped_profile
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -48,13 +47,7 @@ def _resolve_profile(config: TidalConfig, geometry: Geometry) -> Profile | None:
         if found is None:
             return None
         profile = found
-    if (profile.num_layers, profile.num_kv_heads) != (geometry.num_layers, geometry.num_kv_heads):
-        raise ConfigError(
-            f"profile for {profile.model} has {profile.num_layers} layers of "
-            f"{profile.num_kv_heads} KV heads; this model has {geometry.num_layers} of "
-            f"{geometry.num_kv_heads} (tensor parallelism is not supported by profiles yet). "
-            "Make one with: vllm-ext profile MODEL"
-        )
+    require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
     return profile
 
 

@@ -11,8 +11,9 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional_base.h>
+// vec.h first: its AVX2 part includes functional_bfloat16.h, which needs functional_base.h whole.
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/cpu/vec/functional_base.h>
 #include <ATen/ops/max.h>
 #include <torch/library.h>
 

@@ -25,12 +25,14 @@ def run_engine(
     Args:
         engine: keyword arguments of ``vllm.LLM``.
         jobs: each ``{"prompts": [[ids]], "together": bool, "max_tokens": n}``, and optionally
-            ``"extra_args"``, one object or null per prompt.
+            ``"extra_args"``, one object or null per prompt; ``"preempt_at"``, steps after which
+            every running request is preempted (prompts together); ``"abort_at"``, steps after
+            which the last request that is still in prefill is aborted and asked again later.
         env: additions to the environment.
 
     Returns:
         ``{"jobs": [[{"tokens": [...], "logprobs": [[id, logprob], ...]}]], "rows": {...},
-        "preemptions": n}`` with the logprob of each generated token.
+        "preemptions": n, "freed_blocks": [by KV group]}`` with the logprob of each token.
 
     Raises:
         RuntimeError: the engine failed; the message ends with its log.
@@ -78,11 +80,17 @@ def _generate(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
         )
         for ids, extra in zip(job["prompts"], extra_args, strict=True)
     ]
-    batches = [requests] if job["together"] else [[request] for request in requests]
+    if "preempt_at" in job or "abort_at" in job:
+        batches = [_disturbed(llm, requests, job.get("preempt_at", []), job.get("abort_at", []))]
+    else:
+        batches = [requests] if job["together"] else [[request] for request in requests]
+        batches = [
+            llm.generate(*[list(column) for column in zip(*batch, strict=True)], use_tqdm=False)
+            for batch in batches
+        ]
     answers = []
-    for batch in batches:
-        prompts, params = [list(column) for column in zip(*batch, strict=True)]
-        for output in llm.generate(prompts, params, use_tqdm=False):
+    for outputs in batches:
+        for output in outputs:
             completion = output.outputs[0]
             tokens = list(completion.token_ids)
             answers.append(
@@ -97,6 +105,40 @@ def _generate(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     return answers
 
 
+def _disturbed(
+    llm: Any, requests: list[Any], preempt_at: list[int], abort_at: list[int]
+) -> list[Any]:
+    """All requests at once; some steps preempt what runs, or abort a request in prefill."""
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    numbers = {}  # by the id inside the engine
+
+    def add(number: int, tag: str) -> None:
+        prompt, params = requests[number]
+        numbers[engine.add_request(f"{number}{tag}", prompt, params)] = number
+
+    for number in range(len(requests)):
+        add(number, "")
+    outputs: dict[int, Any] = {}
+    step = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                outputs[int(output.request_id.partition("-")[0])] = output
+        step += 1
+        if step in preempt_at:
+            assert scheduler.running, "nothing ran: nothing was preempted"
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        if step in abort_at:
+            reading = [r for r in scheduler.running if r.num_computed_tokens < r.num_prompt_tokens]
+            assert reading, "no request was in prefill: nothing was aborted"
+            victim = reading[-1].request_id
+            number = numbers[victim] if victim in numbers else int(victim.split("-")[0])
+            engine.abort_request([victim], internal=True)
+            add(number, "-again")
+    return [outputs[number] for number in range(len(requests))]
+
+
 def _main(spec_path: str, result_path: str) -> None:
     from vllm import LLM
 
@@ -109,7 +151,10 @@ def _main(spec_path: str, result_path: str) -> None:
         from vllm_ext.metrics import decode_rows
 
         rows = {"|".join(key): value for key, value in decode_rows().items()}
+    managers = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
+    freed = [getattr(m, "num_freed_blocks", 0) for m in managers.single_type_managers]
     result = {"jobs": jobs, "rows": rows, "preemptions": metrics["vllm:num_preemptions"]}
+    result["freed_blocks"] = freed
     Path(result_path).write_text(json.dumps(result))
     llm.llm_engine.engine_core.shutdown()
 

@@ -123,6 +123,7 @@ def self_test(model: str | None, method: str) -> list[str]:
         spec = group.kv_cache_spec
         _line("resolved backend", config.attention_config.backend.name)
         _line("KV spec", f"{type(spec).__name__} in {len(group.layer_names)} layers")
+        _line("concurrency", concurrency(config, core.engine_core.scheduler.kv_cache_config))
         _line(
             "KV layout",
             f"blocks of {spec.block_size} tokens, {spec.num_kv_heads} KV heads x "
@@ -145,6 +146,20 @@ def self_test(model: str | None, method: str) -> list[str]:
         _line("decode rows", f"{count:.0f} {path} ({reason})")
     _line("activation ratio", f"{ratio:.2f}")
     return [] if ratio == 1.0 else [f"activation ratio is {ratio:.2f}, expected 1.00"]
+
+
+def concurrency(vllm_config: Any, kv_cache_config: Any) -> str:
+    """How many requests of full length the pool holds, under the policy and when dense."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    held = get_max_concurrency_for_kv_cache_config(vllm_config, kv_cache_config)
+    max_model_len = vllm_config.model_config.max_model_len
+    dense_blocks = sum(
+        -(-max_model_len // group.kv_cache_spec.block_size)
+        for group in kv_cache_config.kv_cache_groups
+    )
+    dense = kv_cache_config.num_blocks / dense_blocks
+    return f"{held:.1f} requests of {max_model_len} tokens in this pool, dense {dense:.1f}"
 
 
 def main(argv: list[str]) -> int:
