@@ -69,6 +69,7 @@ class RowOptions:
     is_dense: bool = False
     budget_tokens: int | None = None
     budget_factor: float = 1.0  # on the server's budget, where budget_tokens is None
+    is_guarded: bool = False  # changed by the recall guard (recall.py)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import Geometry
 from attn_backends.plan import AnchorState
+from attn_backends.recall import RecallWatch
 from kvcache.retention import KeepAll, RetentionPolicy
 
 PRESETS = {"fast": 0.5, "accurate": 2.0}  # what a request may name: factor on the server's budget
@@ -29,6 +29,11 @@ class BudgetConfig(MethodConfig):
         sink_tokens: first tokens that are always read.
         recent_tokens: last tokens that are always read; at least the current block is.
         min_context_tokens: rows up to this length are served dense, and counted so.
+        recall_floor: a request whose selections cover less than this share of the anchors'
+            attention gets twice its budget, then is served dense; 0 to 1, 0 guards nothing.
+        guard_steps: decode steps in a row below the floor before that happens, twice.
+        audit_share: share of the decode steps that are computed densely as well, to measure the
+            divergence (adapter/audit.py); 0 to 1.
 
     Raises:
         ConfigError: a value out of its range.
@@ -39,6 +44,9 @@ class BudgetConfig(MethodConfig):
     sink_tokens: int = 32
     recent_tokens: int = 64
     min_context_tokens: int = 1024
+    recall_floor: float = 0.0
+    guard_steps: int = 4
+    audit_share: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,9 +57,14 @@ class BudgetConfig(MethodConfig):
                 raise ConfigError(
                     f"vllm_ext.{field} is {value}; it must be between {bound} and {1 << 20} tokens"
                 )
-        if not 0 <= self.budget_fraction <= 1:
+        for field in ("budget_fraction", "recall_floor", "audit_share"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ConfigError(
+                    f"vllm_ext.{field} is {getattr(self, field)}; it must be between 0 and 1"
+                )
+        if self.guard_steps < 1:
             raise ConfigError(
-                f"vllm_ext.budget_fraction is {self.budget_fraction}; it must be between 0 and 1"
+                f"vllm_ext.guard_steps is {self.guard_steps}; it must be at least 1 step"
             )
         forced_tokens = self.sink_tokens + self.recent_tokens
         if self.budget_tokens < forced_tokens:
@@ -76,6 +89,7 @@ class BudgetSelector:
         self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self._mass = torch.zeros(shape, dtype=torch.float32, device=device)
         self._budgets = torch.zeros(shape[0], dtype=torch.int32, device=device)
+        self.watch = RecallWatch(config.recall_floor, config.guard_steps, shape[0], device)
 
     def select(self, batch: PagedBatch) -> BlockSelection:
         """See ``Selector.select``: the buffers that anchors will fill."""
@@ -104,7 +118,13 @@ class BudgetSelector:
         is_short = batch.seq_lens <= self._config.min_context_tokens
         budgets.masked_fill_(is_short, self._max_blocks)
         budgets.clamp_max_(self._max_blocks)
-        return AnchorState(self._mass[:rows], budgets, self._sink_blocks, self._recent_blocks)
+        return AnchorState(
+            self._mass[:rows],
+            budgets,
+            self._sink_blocks,
+            self._recent_blocks,
+            self.watch.recall[:rows],
+        )
 
     def span_rule(self, num_reqs: int) -> SpanRule | None:
         """See ``Selector.span_rule``: all tokens of a selected block count."""
@@ -120,20 +140,19 @@ class BudgetSelector:
 
     def row_reasons(
         self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
-    ) -> dict[tuple[str, str], int]:
+    ) -> list[tuple[str, str]]:
         """See ``Selector.row_reasons``."""
-        counts: Counter[tuple[str, str]] = Counter()
-        for row, seq_len in enumerate(seq_lens_cpu.tolist()):
-            row_options = options.get(row, RowOptions())
-            if row_options.is_dense:
-                counts["dense", "request_off"] += 1
-            elif seq_len <= self._config.min_context_tokens:
-                counts["dense", "short_context"] += 1
-            elif self._keeps_everything(seq_len, row_options):
-                counts["sparse", "everything_kept"] += 1
-            else:
-                counts["sparse", "selected"] += 1
-        return dict(counts)
+        lengths = seq_lens_cpu.tolist()
+        return [self._reason(n, options.get(row, RowOptions())) for row, n in enumerate(lengths)]
+
+    def _reason(self, seq_len: int, asked: RowOptions) -> tuple[str, str]:
+        if asked.is_dense:
+            return ("dense", "guard" if asked.is_guarded else "request_off")
+        if seq_len <= self._config.min_context_tokens:
+            return ("dense", "short_context")
+        if self._keeps_everything(seq_len, asked):
+            return ("sparse", "everything_kept")
+        return ("sparse", "guard_raised" if asked.is_guarded else "selected")
 
 
 def prompts_cached(config: BudgetConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:

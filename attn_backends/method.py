@@ -11,6 +11,7 @@ import torch
 from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import MethodConfig
 from attn_backends.plan import AnchorState, LayerSchedule
+from attn_backends.recall import RecallWatch
 from kvcache.retention import KeepAll, RetentionPolicy
 
 
@@ -30,6 +31,11 @@ class Geometry:
 
 class Selector(Protocol):
     """Chooses the blocks that decode rows read; owns persistent buffers."""
+
+    @property
+    def watch(self) -> RecallWatch | None:
+        """What anchors find out about their selections; None for methods without anchors."""
+        ...
 
     def select(self, batch: PagedBatch) -> BlockSelection:
         """Selection for decode rows, once per step, without host synchronisation.
@@ -57,8 +63,8 @@ class Selector(Protocol):
 
     def row_reasons(
         self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
-    ) -> dict[tuple[str, str], int]:
-        """How many decode rows go which way, by (path, reason), the labels of the metric.
+    ) -> list[tuple[str, str]]:
+        """Which way each decode row goes: (path, reason), the labels of the metric.
 
         Args:
             seq_lens_cpu: ``[num_reqs]`` on the host.

@@ -63,6 +63,7 @@ class AnchorState:
     budget_blocks: torch.Tensor  # [num_reqs] int32
     sink_blocks: int
     recent_blocks: int
+    recall: torch.Tensor  # [num_reqs, 2] fp32, least own and inherited recall so far (recall.py)
 
 
 @dataclass(frozen=True)
@@ -84,3 +85,5 @@ class DecodePlan:
     decodes_densely: bool  # no decode row is sparse: selecting would cost and change nothing
     roles: dict[str, LayerRole]  # by the engine's layer name
     head_maps: dict[str, torch.Tensor]  # of REUSE layers that need one: [num_kv_heads] int64
+    inheriting: frozenset[str]  # anchors with another one before them
+    selecting_rows: list[int]  # decode rows that leave something out

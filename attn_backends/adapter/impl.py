@@ -13,6 +13,7 @@ from attn_backends.batch import BlockSelection
 from attn_backends.config import ConfigError
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.plan import DecodePlan, LayerRole
+from attn_backends.recall import inherited_recall, own_recall
 from kvcache.layout import PagedKVLayout, kv_views
 
 
@@ -150,6 +151,10 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             assert plan.anchor is not None
             anchor = plan.anchor
             ops.anchor_decode.run(query, *views, decode, self.scale, out, anchor.block_mass)
+            own, inherited = anchor.recall.unbind(1)
+            if layer_name in plan.inheriting:
+                before = inherited_recall(anchor.block_mass, selection)
+                torch.minimum(inherited, before, out=inherited)
             ops.block_topk.run(
                 anchor.block_mass,
                 decode.seq_lens,
@@ -159,6 +164,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
                 anchor.recent_blocks,
                 selection,
             )
+            torch.minimum(own, own_recall(anchor.block_mass, selection), out=own)
         if role is LayerRole.ANCHOR:
             return
         head_map = plan.head_maps.get(layer_name)

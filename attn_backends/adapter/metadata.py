@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -26,7 +27,7 @@ from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
 from attn_backends.method import SparseMethod
 from attn_backends.ops.dispatch import OpContext
-from attn_backends.plan import DecodePlan
+from attn_backends.plan import DecodePlan, LayerRole
 from kvcache.layout import PagedKVLayout
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 logger = logging.getLogger("vllm.vllm_ext")
+
+SELECTING = (("sparse", "selected"), ("sparse", "guard_raised"))  # rows that leave something out
 
 
 @dataclass
@@ -84,6 +87,8 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             for name, index in indices.items()
             if index in schedule.head_maps
         }
+        anchors = [i for i, role in enumerate(schedule.roles) if role is LayerRole.ANCHOR]
+        self._inheriting = frozenset(n for n, i in indices.items() if i in anchors[1:])
         self._selector = method.make_selector(config, geometry, device)
         self._ops = resolve_ops(
             op_context(
@@ -122,16 +127,20 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         )
         decode = prefill = selection = anchor = decode_rule = prefill_rule = None
         decodes_densely = False
+        selecting_rows: list[int] = []
         if num_decodes:
             decode = batch.rows(0, num_decodes, 0, num_decode_tokens)
             selection = self._selector.select(decode)
-            options = BOOK.of_rows(num_decodes)
+            options = self._options(num_decodes)
             anchor = self._selector.anchor_state(decode, options)
             decode_rule = self._selector.span_rule(num_decodes)
             reasons = self._reasons(common, num_decodes, options)
             decodes_densely = all(path == "dense" for path, _ in reasons)
+            selecting_rows = [row for row, reason in enumerate(reasons) if reason in SELECTING]
+            if self._selector.watch is not None:
+                self._selector.watch.expect(BOOK.ids_of_rows(num_decodes), selecting_rows)
             if self._counters is not None:
-                self._counters.add(reasons)
+                self._counters.add(Counter(reasons))
         if num_prefills:
             prefill = batch.rows(num_decodes, batch.num_reqs, num_decode_tokens, batch.num_tokens)
             prefill_rule = self._selector.span_rule(num_prefills)
@@ -147,17 +156,31 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             decodes_densely=decodes_densely,
             roles=self._roles,
             head_maps=self._head_maps,
+            inheriting=self._inheriting,
+            selecting_rows=selecting_rows,
         )
         return ExtMetadata(plan, self._ops)
 
+    def _options(self, num_decodes: int) -> dict[int, RowOptions]:
+        """What the rows' requests asked for, as far as the recall guard lets them."""
+        options = BOOK.of_rows(num_decodes)
+        watch = self._selector.watch
+        if watch is None:
+            return options
+        row_ids = BOOK.ids_of_rows(num_decodes)
+        if watch.begin_step(BOOK.step, row_ids):
+            watch.forget(BOOK.finished_ids)
+            if self._counters is not None:
+                self._counters.show_recall(watch)
+        return watch.guarded(row_ids, options)
+
     def _reasons(
         self, common: CommonAttentionMetadata, num_decodes: int, options: dict[int, RowOptions]
-    ) -> dict[tuple[str, str], int]:
+    ) -> list[tuple[str, str]]:
         seq_lens_cpu = common.seq_lens_cpu_upper_bound
         if seq_lens_cpu is None:
-            return {("sparse", "unknown_length"): num_decodes}
-        reasons = self._selector.row_reasons(seq_lens_cpu[:num_decodes], options)
-        return {reason: count for reason, count in reasons.items() if count}
+            return [("sparse", "unknown_length")] * num_decodes
+        return self._selector.row_reasons(seq_lens_cpu[:num_decodes], options)
 
 
 def op_context(

@@ -70,11 +70,15 @@ class RequestBook:
 
     def __init__(self) -> None:
         self._by_id: dict[str, RowOptions] = {}
+        self.step = 0  # of this worker; tells the builders of several KV groups apart from steps
+        self.finished_ids: list[str] = []  # before this step
         self.row_ids: Callable[[], Sequence[str | None]] = lambda: ()
 
     def update(self, scheduler_output: SchedulerOutput) -> None:
         """Takes note of new requests and forgets finished ones; preempted ones stay."""
-        for request_id in scheduler_output.finished_req_ids:
+        self.step += 1
+        self.finished_ids = list(scheduler_output.finished_req_ids)
+        for request_id in self.finished_ids:
             self._by_id.pop(request_id, None)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
@@ -86,8 +90,12 @@ class RequestBook:
         """Options by row index, for the first rows of the batch about to run."""
         if not self._by_id:
             return {}
-        ids = self.row_ids()[:num_rows]
+        ids = self.ids_of_rows(num_rows)
         return {row: self._by_id[i] for row, i in enumerate(ids) if i in self._by_id}
+
+    def ids_of_rows(self, num_rows: int) -> Sequence[str | None]:
+        """Request ids of the first rows; empty where the worker does not tell them (GPUs)."""
+        return self.row_ids()[:num_rows]
 
 
 BOOK = RequestBook()

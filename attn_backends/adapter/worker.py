@@ -12,8 +12,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from attn_backends.adapter.audit import with_audit
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.requests import BOOK
+from attn_backends.budget import BudgetConfig
 from attn_backends.config import ConfigError
 from kvcache.adapter.specs import with_retention
 
@@ -75,6 +77,10 @@ if current_platform.is_cpu():
             super().init_device()
             runner: Any = self.model_runner
             BOOK.row_ids = lambda: runner.input_batch.req_ids
+            method = chosen_method(self.vllm_config)
+            config = None if method is None else method_config(self.vllm_config, method)
+            if isinstance(config, BudgetConfig) and config.audit_share:
+                with_audit(runner, config.audit_share, str(method.name if method else ""))
 
         def execute_model(self, scheduler_output: Any) -> Any:
             """See ``Worker.execute_model``."""

@@ -20,6 +20,7 @@ from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
 from attn_backends.profile import load_profile, require_fit
+from attn_backends.recall import RecallWatch
 from kvcache.retention import KeepAll, RetentionPolicy, SinkWindowRetention
 
 RETENTION_CHOICES = ("evict", "keep_all")
@@ -68,6 +69,8 @@ class SinkWindowSelector:
         ConfigError: the window is smaller than one KV block.
     """
 
+    watch: RecallWatch | None = None  # no anchors
+
     def __init__(self, config: SinkWindowConfig, geometry: Geometry, device: torch.device) -> None:
         if config.window_tokens < geometry.block_size:
             raise ConfigError(
@@ -115,12 +118,13 @@ class SinkWindowSelector:
 
     def row_reasons(
         self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
-    ) -> dict[tuple[str, str], int]:
+    ) -> list[tuple[str, str]]:
         """See ``Selector.row_reasons``."""
         budget_tokens = self._config.sink_tokens + self._config.window_tokens
-        num_selected = int((seq_lens_cpu > budget_tokens).sum())
-        num_kept = len(seq_lens_cpu) - num_selected
-        return {("sparse", "selected"): num_selected, ("sparse", "everything_kept"): num_kept}
+        return [
+            ("sparse", "selected" if seq_len > budget_tokens else "everything_kept")
+            for seq_len in seq_lens_cpu.tolist()
+        ]
 
 
 def _full_layers(config: SinkWindowConfig, geometry: Geometry) -> list[int]:

@@ -15,10 +15,13 @@ from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import MethodConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
+from attn_backends.recall import RecallWatch
 
 
 class FullSelector:
     """Selects all blocks of every row."""
+
+    watch: RecallWatch | None = None  # no anchors
 
     def __init__(self, config: MethodConfig, geometry: Geometry, device: torch.device) -> None:
         self._geometry = geometry
@@ -52,9 +55,9 @@ class FullSelector:
 
     def row_reasons(
         self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
-    ) -> dict[tuple[str, str], int]:
+    ) -> list[tuple[str, str]]:
         """See ``Selector.row_reasons``."""
-        return {("sparse", "everything_kept"): len(seq_lens_cpu)}
+        return [("sparse", "everything_kept")] * len(seq_lens_cpu)
 
 
 def _schedule(config: MethodConfig, geometry: Geometry) -> LayerSchedule:

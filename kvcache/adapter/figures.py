@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.utils import floatToGoString
 
 FOLDER_ENV = "VLLM_EXT_METRICS_DIR"
 
@@ -30,6 +31,7 @@ class FigureFiles:
     def __init__(self, folder: Path) -> None:
         pid = os.getpid()
         self._counters = MmapedDict(str(folder / f"counter_vllmext-{pid}.db"))
+        self._histograms = MmapedDict(str(folder / f"histogram_vllmext-{pid}.db"))
         self._gauges = MmapedDict(str(folder / f"gauge_mostrecent_vllmext-{pid}.db"))
 
     def set_counter(self, name: str, text: str, labels: dict[str, str], total: float) -> None:
@@ -48,6 +50,33 @@ class FigureFiles:
         """Sets a gauge; ``MmapedDict`` chooses "mostrecent" ones by their time stamp."""
         key = mmap_key(name, name, list(labels), list(labels.values()), text)
         self._gauges.write_value(key, float(value), time.time())
+
+    def set_histogram(
+        self,
+        name: str,
+        text: str,
+        labels: dict[str, str],
+        counts: dict[float, int],
+        total: float,
+    ) -> None:
+        """Sets a histogram to what it counted so far.
+
+        Args:
+            name: without a suffix.
+            text: the help text.
+            labels: by name.
+            counts: observations by the upper bound of their bucket, not cumulated; the last
+                bound is infinite.
+            total: sum of all observations.
+        """
+        for bound, count in counts.items():
+            with_bound = labels | {"le": floatToGoString(bound)}
+            key = mmap_key(
+                name, name + "_bucket", list(with_bound), list(with_bound.values()), text
+            )
+            self._histograms.write_value(key, float(count), 0.0)
+        key = mmap_key(name, name + "_sum", list(labels), list(labels.values()), text)
+        self._histograms.write_value(key, total, 0.0)
 
 
 def figure_files() -> FigureFiles | None:

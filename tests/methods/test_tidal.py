@@ -140,12 +140,22 @@ def test_budgets_by_row_and_reasons() -> None:
     assert _budgets(config, seq_lens, options) == [128, 128, 128]
     selector = BudgetSelector(config, GEOMETRY, torch.device("cpu"))
     reasons = selector.row_reasons(torch.tensor(seq_lens), {})
-    assert reasons == {("dense", "short_context"): 1, ("sparse", "selected"): 2}
-    assert selector.row_reasons(torch.tensor(seq_lens), options) == {
-        ("dense", "short_context"): 1,
-        ("dense", "request_off"): 1,
-        ("sparse", "everything_kept"): 1,
+    short, selected = ("dense", "short_context"), ("sparse", "selected")
+    assert reasons == [short, selected, selected]
+    assert selector.row_reasons(torch.tensor(seq_lens), options) == [
+        short,
+        ("dense", "request_off"),
+        ("sparse", "everything_kept"),
+    ]
+    by_guard = {
+        1: RowOptions(is_dense=True, is_guarded=True),
+        2: RowOptions(budget_factor=2.0, is_guarded=True),
     }
+    assert selector.row_reasons(torch.tensor(seq_lens), by_guard) == [
+        short,
+        ("dense", "guard"),
+        ("sparse", "guard_raised"),
+    ]
 
 
 def test_a_share_of_the_context_is_a_budget_unless_a_request_says_its_own() -> None:
@@ -156,7 +166,7 @@ def test_a_share_of_the_context_is_a_budget_unless_a_request_says_its_own() -> N
     everything = TidalConfig(budget_fraction=1.0)
     assert _budgets(everything, [4000], {}) == [125]
     selector = BudgetSelector(everything, GEOMETRY, torch.device("cpu"))
-    assert selector.row_reasons(torch.tensor([4000]), {}) == {("sparse", "everything_kept"): 1}
+    assert selector.row_reasons(torch.tensor([4000]), {}) == [("sparse", "everything_kept")]
 
 
 def test_a_preset_never_undercuts_the_forced_blocks() -> None:

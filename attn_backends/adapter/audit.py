@@ -1,0 +1,110 @@
+"""Shadow audit: some decode steps are computed densely as well, and compared.
+
+The dense pass comes first and the real one after it, so that the keys and values of the
+step's tokens, which both write, are the real one's in the end: nothing that a request gets
+depends on the audit. What is measured is the divergence of one step, on the KV cache that
+earlier sparse steps left.
+
+Steps with prefill rows are not audited: the share counts decode-only steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.forward_context import get_forward_context
+
+from attn_backends.adapter.counters import AuditFigures
+from attn_backends.adapter.metadata import ExtMetadata
+from attn_backends.plan import DecodePlan, LayerRole
+
+
+class AuditingRunner:
+    """Put before a V1 model runner of vLLM in the bases, whose ``_model_forward`` is made to be
+    overridden; see ``with_audit``.
+    """
+
+    audit_share: float
+    audit_figures: AuditFigures
+    _audit_due = 0.0
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super()
+        context = get_forward_context()
+        if not self._is_due(context.attn_metadata):
+            return stock._model_forward(*args, **kwargs)
+        served = context.attn_metadata
+        context.attn_metadata = {name: _dense(metadata) for name, metadata in served.items()}
+        try:
+            dense = stock._model_forward(*args, **kwargs).clone()
+        finally:
+            context.attn_metadata = served
+        hidden = stock._model_forward(*args, **kwargs)
+        plan = next(iter(served.values())).plan
+        rows = torch.tensor(plan.selecting_rows, device=hidden.device)
+        model: Any = self.model  # type: ignore[attr-defined]
+        self.audit_figures.add(
+            *_divergence(model.compute_logits(dense[rows]), model.compute_logits(hidden[rows])),
+            kv_bytes_saved=sum(_saved_bytes(served, name) for name in served),
+        )
+        return hidden
+
+    def _is_due(self, served: Any) -> bool:
+        if not isinstance(served, dict) or not served:
+            return False
+        first = next(iter(served.values()))
+        if not isinstance(first, ExtMetadata):
+            return False
+        if first.plan.prefill is not None or not first.plan.selecting_rows:
+            return False
+        self._audit_due += self.audit_share
+        if self._audit_due < 1:
+            return False
+        self._audit_due -= 1
+        return True
+
+
+def with_audit(runner: Any, share: float, method: str) -> None:
+    """Makes a runner audit a share of its decode steps.
+
+    The worker constructs its runner itself and offers no other place: the instance becomes one
+    of a subclass, made of ``AuditingRunner`` and the class it had.
+    """
+    stock: Any = type(runner)
+    runner.__class__ = type(f"Auditing{stock.__name__}", (AuditingRunner, stock), {})
+    runner.audit_share = share
+    runner.audit_figures = AuditFigures(method)
+
+
+def _dense(metadata: ExtMetadata) -> ExtMetadata:
+    plan = metadata.plan
+    roles = dict.fromkeys(plan.roles, LayerRole.DENSE)
+    return ExtMetadata(replace(plan, roles=roles), metadata.ops)
+
+
+def _divergence(dense: torch.Tensor, served: torch.Tensor) -> tuple[list[float], list[bool]]:
+    """KL divergence (nats) of the served distributions from the dense ones, and whether the
+    most likely tokens agree, by row; logits ``[num_rows, vocabulary]``.
+    """
+    expected, got = dense.float().log_softmax(-1), served.float().log_softmax(-1)
+    divergence = (expected.exp() * (expected - got)).sum(-1)
+    return divergence.tolist(), (expected.argmax(-1) == got.argmax(-1)).tolist()
+
+
+def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str) -> int:
+    """Bytes of keys and values that a layer did not read.
+
+    The counts are the last anchor's: budgets are the same for all anchors of a step.
+    """
+    plan: DecodePlan = served[layer_name].plan
+    if plan.roles[layer_name] is not LayerRole.REUSE:
+        return 0
+    assert plan.decode is not None
+    assert plan.selection is not None
+    layer = get_forward_context().no_compile_layers[layer_name]
+    block_size, double_head = layer.kv_cache.shape[2:]
+    num_blocks = (plan.decode.seq_lens + block_size - 1) // block_size
+    skipped_blocks = int((num_blocks[:, None] - plan.selection.counts).clamp_min(0).sum())
+    return int(skipped_blocks * block_size * double_head * layer.kv_cache.element_size())

@@ -1,0 +1,171 @@
+"""How much attention mass a selection covers, and what to do when it is too little.
+
+Anchor layers see all keys, so the share of their mass that a selection covers is known
+exactly, twice per anchor:
+
+*own*
+    what the anchor has just selected: low where attention is too flat for the budget;
+*inherited*
+    what the layers since the anchor before it have been reading: low where the profile lets
+    layers follow an anchor that looks elsewhere. A head of this anchor is compared with the
+    head before that covers it best, since head maps may cross.
+
+Nothing is estimated and no key is read for it. What neither sees: a layer between two anchors
+that attends to something else than both. The shadow audit (adapter/audit.py) sees that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from attn_backends.batch import BlockSelection, RowOptions
+
+KINDS = ("own", "inherited")
+BOUNDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)  # of the histogram
+EMA_WEIGHT = 0.05  # of a new step in the exported moving average
+RAISED_FACTOR = 2.0  # on the budget, before a request is served dense
+
+
+def own_recall(block_mass: torch.Tensor, selection: BlockSelection) -> torch.Tensor:
+    """Covered share of each row's mass, the mean over its KV heads.
+
+    Args:
+        block_mass: ``[num_reqs, num_kv_heads, max_blocks]`` fp32 (``anchor_decode``).
+        selection: of the same rows and heads.
+
+    Returns:
+        ``[num_reqs]`` fp32, 0 to 1.
+    """
+    chosen = selection.logical_blocks
+    covered = block_mass.gather(2, chosen.clamp_min(0).long()).masked_fill_(chosen < 0, 0.0)
+    return (covered.sum(2) / block_mass.sum(2)).mean(1)
+
+
+def inherited_recall(block_mass: torch.Tensor, selection: BlockSelection) -> torch.Tensor:
+    """As ``own_recall``, each head under the selection of whichever head covers it best.
+
+    Args:
+        block_mass: of this anchor.
+        selection: of the anchor before it.
+    """
+    chosen = selection.logical_blocks[:, None]  # [num_reqs, 1, heads before, max_selected]
+    shape = (-1, block_mass.shape[1], chosen.shape[2], -1)
+    mass = block_mass[:, :, None].expand(shape)
+    covered = mass.gather(3, chosen.clamp_min(0).long().expand(shape))
+    covered = covered.masked_fill_(chosen < 0, 0.0).sum(3).amax(2)
+    return (covered / block_mass.sum(2)).mean(1)
+
+
+@dataclass
+class _Request:
+    """What the guard knows of one request."""
+
+    low_steps: int = 0  # in a row
+    level: int = 0  # 0: as asked for, 1: budget raised, 2: dense
+
+
+class RecallWatch:
+    """Collects the recall of every decode row, and guards requests that stay below a floor.
+
+    Anchors write into ``recall``; ``begin_step`` reads what the step before left there. A
+    request below the floor for ``patience_steps`` steps in a row gets twice its budget, and
+    after as many more is served dense until it ends: that is never undone, since a dense row
+    no longer shows what its selection would have covered.
+
+    Args:
+        floor: least recall, 0 to 1; 0 guards nothing.
+        patience_steps: steps in a row below the floor before the guard acts.
+        max_num_reqs: rows of the buffer.
+        device: of the buffer.
+    """
+
+    def __init__(
+        self, floor: float, patience_steps: int, max_num_reqs: int, device: torch.device
+    ) -> None:
+        self.recall = torch.ones(max_num_reqs, len(KINDS), device=device)
+        self.ema: dict[str, float] = {}
+        self.histograms = {kind: [0] * (len(BOUNDS) + 1) for kind in KINDS}
+        self.sums = dict.fromkeys(KINDS, 0.0)
+        self.actions = {"raised": 0, "dense": 0}  # requests, so far
+        self._floor, self._patience_steps = floor, patience_steps
+        self._requests: dict[str, _Request] = {}
+        self._step = -1
+        self._rows: list[str] = []  # ids of the rows of the step before that were sparse
+        self._indices: list[int] = []
+
+    def begin_step(self, step: int, row_ids: Sequence[str | None]) -> bool:
+        """Takes in the step before; called again in the same step (by another KV group) it
+        does nothing.
+
+        Args:
+            step: any number that differs from step to step.
+            row_ids: request ids of this step's decode rows.
+
+        Returns:
+            Whether this was the step's first call.
+        """
+        if step == self._step:
+            return False
+        self._step = step
+        if self._indices:
+            self._take_in(self.recall[self._indices].tolist())
+        self._rows, self._indices = [], []
+        self.recall[: len(row_ids)].fill_(1.0)
+        return True
+
+    def expect(self, row_ids: Sequence[str | None], sparse_rows: Iterable[int]) -> None:
+        """Which rows of this step are sparse: only their recall counts."""
+        self._indices = [row for row in sparse_rows if row_ids[row] is not None]
+        self._rows = [str(row_ids[row]) for row in self._indices]
+
+    def _take_in(self, recalls: list[list[float]]) -> None:
+        for request_id, row in zip(self._rows, recalls, strict=True):
+            for kind, value in zip(KINDS, row, strict=True):
+                self.sums[kind] += value
+                place = next((i for i, bound in enumerate(BOUNDS) if value <= bound), len(BOUNDS))
+                self.histograms[kind][place] += 1
+                last = self.ema.get(kind, value)
+                self.ema[kind] = last + EMA_WEIGHT * (value - last)
+            self._guard(request_id, min(row))
+
+    def _guard(self, request_id: str, recall: float) -> None:
+        if not self._floor:
+            return
+        state = self._requests.setdefault(request_id, _Request())
+        state.low_steps = state.low_steps + 1 if recall < self._floor else 0
+        if state.low_steps >= self._patience_steps and state.level < 2:
+            state.low_steps = 0
+            state.level += 1
+            self.actions["raised" if state.level == 1 else "dense"] += 1
+
+    def guarded(
+        self, row_ids: Sequence[str | None], options: Mapping[int, RowOptions]
+    ) -> dict[int, RowOptions]:
+        """The rows' options, changed for those that the guard has taken over."""
+        result = dict(options)
+        for row, request_id in enumerate(row_ids if self._requests else ()):
+            state = self._requests.get(request_id or "")
+            if state is None or not state.level:
+                continue
+            asked = result.get(row, RowOptions())
+            if state.level == 2:
+                result[row] = replace(asked, is_dense=True, is_guarded=True)
+            else:
+                result[row] = _raised(asked)
+        return result
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Requests that ended."""
+        for request_id in request_ids:
+            self._requests.pop(request_id, None)
+
+
+def _raised(asked: RowOptions) -> RowOptions:
+    if asked.budget_tokens is not None:
+        budget_tokens = int(asked.budget_tokens * RAISED_FACTOR)
+        return replace(asked, budget_tokens=budget_tokens, is_guarded=True)
+    factor = asked.budget_factor * RAISED_FACTOR
+    return replace(asked, budget_factor=factor, is_guarded=True)

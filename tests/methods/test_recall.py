@@ -1,0 +1,94 @@
+"""Recall against its definition, and the guard against a plain reading of its rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_backends.batch import BlockSelection, RowOptions
+from attn_backends.recall import BOUNDS, RecallWatch, inherited_recall, own_recall
+
+
+def _selection(blocks: list[list[list[int]]]) -> BlockSelection:
+    logical = torch.tensor(blocks, dtype=torch.int32)
+    return BlockSelection(logical, (logical >= 0).sum(2).int())
+
+
+MASS = torch.tensor([[[0.5, 0.3, 0.2, 0.0], [0.0, 0.25, 0.25, 1.5]]])  # one row, two heads
+
+
+def test_own_recall_is_the_mean_covered_share() -> None:
+    chosen = _selection([[[0, 1, -1], [3, -1, -1]]])
+    assert own_recall(MASS, chosen).tolist() == pytest.approx([(0.8 + 0.75) / 2])
+    everything = _selection([[[0, 1, 2, 3], [0, 1, 2, 3]]])
+    assert own_recall(MASS, everything).tolist() == [1.0]
+
+
+def test_inherited_recall_takes_the_best_head_before() -> None:
+    crossed = _selection([[[3, -1, -1], [0, 1, -1]]])
+    assert own_recall(MASS, crossed).tolist() == pytest.approx([(0.0 + 0.125) / 2])
+    assert inherited_recall(MASS, crossed).tolist() == pytest.approx([(0.8 + 0.75) / 2])
+
+
+def _watch(floor: float, patience_steps: int = 2) -> RecallWatch:
+    return RecallWatch(floor, patience_steps, 4, torch.device("cpu"))
+
+
+def _step(watch: RecallWatch, step: int, recalls: dict[str, float]) -> None:
+    """One step in which every row is sparse and has these recalls."""
+    ids = list(recalls)
+    assert watch.begin_step(step, ids)
+    assert not watch.begin_step(step, ids), "a second KV group took the step before in twice"
+    watch.expect(ids, range(len(ids)))
+    watch.recall[: len(ids), 0] = torch.tensor(list(recalls.values()))
+
+
+def test_the_guard_raises_then_serves_dense_and_follows_the_request() -> None:
+    watch = _watch(0.8)
+    for step in range(1, 3):
+        _step(watch, step, {"low": 0.5, "fine": 0.9})
+    _step(watch, 3, {"fine": 0.9, "low": 0.5})  # rows moved
+    assert watch.guarded(["fine", "low"], {}) == {1: RowOptions(budget_factor=2.0, is_guarded=True)}
+    _step(watch, 4, {"low": 0.5})
+    _step(watch, 5, {"low": 0.5})
+    assert watch.guarded(["low"], {}) == {0: RowOptions(is_dense=True, is_guarded=True)}
+    assert watch.actions == {"raised": 1, "dense": 1}
+    watch.forget(["low"])
+    assert watch.guarded(["low"], {}) == {}
+
+
+def test_patience_counts_steps_in_a_row() -> None:
+    watch = _watch(0.8)
+    for step, recall in enumerate((0.5, 0.9, 0.5, 0.9, 0.5)):
+        _step(watch, step, {"a": recall})
+    assert watch.begin_step(9, ["a"])
+    assert watch.guarded(["a"], {}) == {}
+
+
+def test_a_raised_budget_starts_from_what_the_request_asked_for() -> None:
+    watch = _watch(0.8, patience_steps=1)
+    _step(watch, 1, {"a": 0.1})
+    watch.begin_step(2, ["a"])
+    asked = {0: RowOptions(budget_tokens=256)}
+    assert watch.guarded(["a"], asked) == {0: RowOptions(budget_tokens=512, is_guarded=True)}
+
+
+def test_without_a_floor_recall_is_only_watched() -> None:
+    watch = _watch(0.0, patience_steps=1)
+    for step, recall in enumerate((0.1, 0.96, 0.96)):
+        _step(watch, step, {"a": recall})
+    assert watch.guarded(["a"], {}) == {}
+    assert watch.sums["own"] == pytest.approx(1.06)
+    counts = dict(zip(BOUNDS, watch.histograms["own"], strict=False))
+    assert (counts[0.5], counts[0.975]) == (1, 1)
+    assert 0.1 < watch.ema["own"] < 0.96
+
+
+def test_rows_that_are_not_sparse_do_not_count() -> None:
+    watch = _watch(0.8, patience_steps=1)
+    watch.begin_step(1, ["dense", "sparse"])
+    watch.expect(["dense", "sparse"], [1])
+    watch.recall[0, 0] = 0.0
+    watch.begin_step(2, ["dense", "sparse"])
+    assert sum(watch.histograms["own"]) == 1
+    assert watch.guarded(["dense", "sparse"], {}) == {}
