@@ -7,7 +7,6 @@ are distinct and primed first, so that only decode steps are timed: the time per
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import random
@@ -19,7 +18,7 @@ from typing import Any
 
 from attn_backends.config import known_settings
 from attn_backends.methods import REGISTRY, load_method
-from vllm_ext.engine_process import EngineProcess
+from vllm_ext.engine_process import EngineProcess, kv_token_bytes
 from vllm_ext.plugin import DISABLE_ENV, vllm_version
 
 STOCK = "stock"  # extension switched off
@@ -40,6 +39,7 @@ class Workload:
 
     model: str
     cells: tuple[Cell, ...]
+    dtype: str
     is_eager: bool = False
     short_tokens: int = 8
     long_tokens: int = 40
@@ -63,6 +63,7 @@ def start_arm(name: str, workload: Workload, settings: dict[str, Any]) -> Engine
         "max_model_len": max(c.context_tokens for c in workload.cells) + workload.long_tokens + 64,
         "max_num_seqs": max(cell.batch for cell in workload.cells),
         "kv_cache_memory_bytes": _kv_bytes(workload),
+        "dtype": workload.dtype,
         "enable_prefix_caching": True,
         "skip_tokenizer_init": True,
         "enforce_eager": workload.is_eager,
@@ -76,16 +77,12 @@ def start_arm(name: str, workload: Workload, settings: dict[str, Any]) -> Engine
 
 
 def _kv_bytes(workload: Workload) -> int:
-    config = json.loads(Path(workload.model, "config.json").read_text())
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    token_bytes = config["num_hidden_layers"] * 2 * heads * head_size * 2
     # Two blocks of 128 tokens of slack per request, and one for the null block.
     tokens = max(
         (cell.context_tokens + workload.long_tokens + 256) * cell.batch + 256
         for cell in workload.cells
     )
-    return int(tokens * token_bytes)
+    return tokens * kv_token_bytes(workload.model, workload.dtype)
 
 
 def _prompts(workload: Workload, cell: Cell) -> list[list[int]]:
@@ -191,7 +188,8 @@ def markdown(result: dict[str, Any]) -> str:
     work, info = result["workload"], result["machine"]
     lines = [
         f"Decode, distinct random contexts, {Path(work['model']).name}, {work['rounds']} "
-        f"alternating rounds, {'eager' if work['is_eager'] else 'compiled'}, {info['cpu']}, "
+        f"alternating rounds, {work['dtype']}, {'eager' if work['is_eager'] else 'compiled'}, "
+        f"{info['cpu']}, "
         f"vLLM {info['vllm']}, GPU: {info['gpu']}.",
         "",
         "| requests x context | arm | TPOT ms (median) | TPOT / first arm (median) | spread | "

@@ -13,7 +13,7 @@ import torch
 from attn_backends.methods import REGISTRY
 from vllm_ext.bench import capacity, decode, kernel, kernel_report, workloads
 from vllm_ext.bench.cases import OPS
-from vllm_ext.cli.flags import add_setting_flags, setting_fields
+from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, setting_fields
 from vllm_ext.errors import UserError
 
 
@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     kernel_parser = benches.add_parser("kernel", help=kernel_help, description=kernel_help)
     kernel_parser.set_defaults(bench=_kernel)
     _add_kernel_flags(kernel_parser)
+    for bench in (decode_parser, capacity_parser):
+        add_dtype_flag(bench)
     for bench in (decode_parser, capacity_parser, kernel_parser):
         bench.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
     return parser
@@ -129,7 +131,9 @@ def _decode(args: argparse.Namespace) -> int:
     cells = tuple(
         decode.Cell(batch, context) for batch in args.batch for context in args.context_tokens
     )
-    workload = decode.Workload(args.model, cells, args.enforce_eager, rounds=args.rounds)
+    workload = decode.Workload(
+        args.model, cells, args.dtype, args.enforce_eager, rounds=args.rounds
+    )
     result = decode.run(workload, arms, settings, _echo)
     _report(result, decode.markdown(result), args.output)
     if args.output and decode.plot(result, args.output.with_suffix(".png")):
@@ -142,7 +146,7 @@ def _capacity(args: argparse.Namespace) -> int:
     if not Path(args.model, "config.json").is_file():
         raise UserError(f"--model: {args.model} is not a model folder; run vllm-ext demo-model")
     names = [field.name for field in dataclasses.fields(capacity.Load)]
-    _require_positive(args, *(name for name in names if name not in ("model", "seed")))
+    _require_positive(args, *(name for name in names if name not in ("model", "dtype", "seed")))
     load = capacity.Load(**{name: getattr(args, name) for name in names if name != "seed"})
     settings = {key: value for key, value in vars(args).items() if key in setting_fields()}
     result = capacity.run(load, list(arms), settings, _echo)

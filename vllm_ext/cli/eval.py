@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from attn_backends.methods import REGISTRY
 from vllm_ext.bench.decode import machine
-from vllm_ext.cli.flags import add_setting_flags, setting_fields
+from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, setting_fields
 from vllm_ext.errors import UserError
 from vllm_ext.evaluation import prompts, report
 from vllm_ext.evaluation.run import ANSWER_TOKENS, Evaluation, Job, make_columns
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="for needles and texts (0)")
     parser.add_argument("--kv-gib", type=float, default=3.0, help="KV pool of an engine (3)")
     parser.add_argument("--output", type=Path, help="also write FILE.json, FILE.md and plots")
+    add_dtype_flag(parser)
     add_setting_flags(parser)
     return parser
 
@@ -133,7 +134,9 @@ def _workload(args: Any, config: dict[str, Any]) -> dict[str, Any]:
     names = ("model", "budgets", "depths", "seed", "text_prompts", "text_tokens", "text_steps")
     return {name: getattr(args, name) for name in names} | {
         "lengths_tokens": args.lengths,
-        "dtype": str(config.get("dtype") or config.get("torch_dtype")),
+        "dtype": str(config.get("dtype") or config.get("torch_dtype"))
+        if args.dtype == "auto"
+        else args.dtype,
         "query_aware": False,  # no method knows the question while it reads the context
     }
 
@@ -162,4 +165,5 @@ def _job(args: Any, max_positions: int) -> Job:
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
         kv_bytes=int(args.kv_gib * (1 << 30)),
         max_model_len=max_positions if args.long_texts else longest,
+        dtype=args.dtype,
     )

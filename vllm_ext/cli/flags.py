@@ -13,6 +13,7 @@ from typing import Any
 
 from attn_backends.config import KERNEL_CHOICES
 from attn_backends.methods import REGISTRY, load_method
+from vllm_ext.engine_process import DTYPES, cpu_dtype
 from vllm_ext.errors import UserError
 
 _TYPES = {"int": int, "str": str, "float": float}
@@ -54,6 +55,17 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
             metavar=None if choices else type_name.upper(),
             help=owners,
         )
+
+
+def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--dtype`` for commands that start engines of their own."""
+    suited = cpu_dtype()
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=suited,
+        help=f"of weights and KV cache (here {suited}; bf16 is slow on CPUs without AVX-512)",
+    )
 
 
 def merge_additional_config(text: str | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from attn_backends.config import ConfigError, parse_config
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext import plugin
 from vllm_ext.cli.flags import add_setting_flags, merge_additional_config
+from vllm_ext.engine_process import cpu_dtype
 from vllm_ext.errors import UserError
 
 # The KV pool is really resident, and filling it takes about 3 s per GiB at start.
@@ -126,6 +127,21 @@ def default_kv_pool_bytes(rest: list[str]) -> int | None:
     return min(wanted, available_bytes // 2) >> 20 << 20
 
 
+def default_dtype(rest: list[str]) -> list[str]:
+    """``--dtype float32`` on CPUs where bf16 has no instructions, unless the user chose."""
+    from vllm.platforms import current_platform
+
+    is_given = any(word.split("=")[0] == "--dtype" for word in rest)
+    if is_given or not current_platform.is_cpu() or cpu_dtype() == "auto":
+        return []
+    print(
+        f"vllm-ext: dtype {cpu_dtype()}, since this CPU has no AVX-512 and multiplies bfloat16 "
+        "about nine times slower (choose with --dtype)",
+        flush=True,
+    )
+    return ["--dtype", cpu_dtype()]
+
+
 def check_settings(backend: str, settings: dict[str, Any] | None) -> None:
     """Validates our settings before vLLM is loaded.
 
@@ -163,6 +179,7 @@ def vllm_arguments(model: str | None, own: argparse.Namespace, rest: list[str]) 
     check_settings(backend, merged.get("vllm_ext"))
     if merged:
         argv += ["--additional-config", json.dumps(merged)]
+    argv += default_dtype(rest)
     pool_bytes = default_kv_pool_bytes(rest)
     if pool_bytes is not None:
         argv += ["--kv-cache-memory-bytes", str(pool_bytes)]

@@ -80,6 +80,7 @@ class Job:
         decode: token ids to text.
         kv_bytes: KV pool of an engine.
         max_model_len: of an engine, tokens.
+        dtype: of weights and KV cache.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Job:
     decode: Callable[[list[int]], str]
     kv_bytes: int
     max_model_len: int
+    dtype: str
 
 
 class Evaluation:
@@ -129,6 +131,7 @@ class Evaluation:
             "attention_backend": column.method,
             "additional_config": {"vllm_ext": column.settings} if column.settings else {},
             "max_model_len": job.max_model_len,
+            "dtype": job.dtype,
             "max_num_seqs": 64,
             "kv_cache_memory_bytes": job.kv_bytes,
             "enable_prefix_caching": True,
