@@ -32,7 +32,8 @@ def run_engine(
 
     Returns:
         ``{"jobs": [[{"tokens": [...], "logprobs": [[id, logprob], ...]}]], "rows": {...},
-        "preemptions": n, "freed_blocks": [by KV group]}`` with the logprob of each token.
+        "preemptions": n, "freed_blocks": [by KV group], "figures": {...}}`` with the logprob of
+        each token, and all other figures of ours by name and the last of their labels.
 
     Raises:
         RuntimeError: the engine failed; the message ends with its log.
@@ -139,6 +140,21 @@ def _disturbed(
     return [outputs[number] for number in range(len(requests))]
 
 
+def _figures() -> dict[str, float]:
+    """``name|label value`` for samples with a label beside the method's name, else ``name``."""
+    from kvcache.adapter.figures import metrics_folder
+    from vllm_ext.metrics import WorkerFigures
+
+    folder = metrics_folder()
+    assert folder is not None
+    found = {}
+    for family in WorkerFigures(folder).collect():
+        for sample in family.samples:
+            labels = [value for name, value in sample.labels.items() if name != "method"]
+            found["|".join([family.name, *labels[-1:]])] = sample.value
+    return found
+
+
 def _main(spec_path: str, result_path: str) -> None:
     from vllm import LLM
 
@@ -146,15 +162,17 @@ def _main(spec_path: str, result_path: str) -> None:
     llm = LLM(**{"disable_log_stats": False, "seed": 0, **spec["engine"]})
     jobs = [_generate(llm, job) for job in spec["jobs"]]
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    rows = {}
+    rows: dict[str, float] = {}
+    figures: dict[str, float] = {}
     if not os.environ.get("VLLM_EXT_DISABLE"):
         from vllm_ext.metrics import decode_rows
 
         rows = {"|".join(key): value for key, value in decode_rows().items()}
+        figures = _figures()
     managers = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
     freed = [getattr(m, "num_freed_blocks", 0) for m in managers.single_type_managers]
     result = {"jobs": jobs, "rows": rows, "preemptions": metrics["vllm:num_preemptions"]}
-    result["freed_blocks"] = freed
+    result |= {"freed_blocks": freed, "figures": figures}
     Path(result_path).write_text(json.dumps(result))
     llm.llm_engine.engine_core.shutdown()
 
