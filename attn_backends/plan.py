@@ -24,6 +24,9 @@ class LayerRole(Enum):
     SELF = "self"
     """Chooses from its own attention mass and reads only that: the top-k oracle, no cheaper
     than dense, for evaluation."""
+    DROP = "drop"
+    """Attends nothing, in prefill as in decode: its output is zero, and no KV cache is allocated
+    for it. What a dropped layer would have added is lost to every later layer."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class LayerSchedule:
             index: the anchor's KV head that each KV head follows.
 
     Raises:
-        ValueError: no layers, or a REUSE layer without an anchor before it.
+        ValueError: no layers, all of them dropped, or a REUSE layer without an anchor before it.
     """
 
     roles: tuple[LayerRole, ...]
@@ -45,9 +48,16 @@ class LayerSchedule:
     def __post_init__(self) -> None:
         if not self.roles:
             raise ValueError("LayerSchedule.roles must name at least one layer")
+        if len(self.dropped) == len(self.roles):
+            raise ValueError("LayerSchedule.roles drops every layer; keep at least one")
         for layer, role in enumerate(self.roles):
             if role is LayerRole.REUSE and LayerRole.ANCHOR not in self.roles[:layer]:
                 raise ValueError(f"layer {layer} reuses a selection, but no anchor is before it")
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Indices of the DROP layers."""
+        return tuple(i for i, role in enumerate(self.roles) if role is LayerRole.DROP)
 
     @classmethod
     def uniform(cls, role: LayerRole, num_layers: int) -> LayerSchedule:

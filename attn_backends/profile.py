@@ -1,25 +1,29 @@
 """Calibration profiles: one validated JSON file per checkpoint.
 
-A profile says which layers attend densely, which are anchors, and which anchor head each KV
-head of the other layers follows. ``vllm-ext profile`` writes it; profiles that this package
-ships lie in ``attn_backends/profiles/`` and are found by the model's fingerprint.
+A profile says which layers attend densely, which are anchors, which anchor head each KV head of
+the other layers follows, and which layers are dropped. ``vllm-ext profile`` writes it; profiles
+that this package ships lie in ``attn_backends/profiles/`` and are found by the model's
+fingerprint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from attn_backends.config import ConfigError
+from attn_backends.findings import Findings
 from attn_backends.plan import LayerRole, LayerSchedule
 
 MAX_PROFILE_BYTES = 4 << 20
 SHIPPED = Path(__file__).with_name("profiles")
 _SAMPLE_BYTES = 1 << 18
+_ROLE_FIELDS = ("dense_layers", "anchor_layers", "drop_layers", "window_layers")
 _SHAPE_KEYS = (
     "architectures",
     "hidden_size",
@@ -44,18 +48,21 @@ class Profile(BaseModel):
     anchor_layers: list[int]
     head_maps: dict[int, list[int]]
     full_layers: list[int] = Field(default_factory=list)  # of SINK_WINDOW: keep and read all
+    drop_layers: list[int] = Field(default_factory=list)  # no attention, no KV cache (LLM-Drop)
+    window_layers: list[int] = Field(default_factory=list)  # a window instead of dropping them
+    findings: Findings | None = None  # measured, not used by the engine
     calibration: dict[str, Any]
 
     @model_validator(mode="after")
     def _layers_and_heads_exist(self) -> Profile:
-        for field in ("dense_layers", "anchor_layers", "full_layers"):
+        for field in (*_ROLE_FIELDS, "full_layers"):
             wrong = [layer for layer in getattr(self, field) if not 0 <= layer < self.num_layers]
             if wrong:
                 raise ValueError(f"{field} has {wrong}; layers are 0 to {self.num_layers - 1}")
-        if set(self.dense_layers) & set(self.anchor_layers):
-            raise ValueError("a layer cannot be both dense and anchor")
+        self._require_one_role_each()
         first_anchor = min(self.anchor_layers, default=self.num_layers)
-        uncovered = [layer for layer in range(first_anchor) if layer not in self.dense_layers]
+        placed = {*self.dense_layers, *self.drop_layers, *self.window_layers}
+        uncovered = [layer for layer in range(first_anchor) if layer not in placed]
         if uncovered:
             raise ValueError(f"layers {uncovered} come before the first anchor and are not dense")
         for layer, heads in self.head_maps.items():
@@ -68,19 +75,42 @@ class Profile(BaseModel):
                     f"head_maps[{layer}] is {heads}; it needs {self.num_kv_heads} heads "
                     f"between 0 and {self.num_kv_heads - 1}"
                 )
+        if self.findings is not None:
+            self.findings.require_shape(self.num_layers, self.num_kv_heads)
         return self
 
+    def _require_one_role_each(self) -> None:
+        pairs = [*combinations(_ROLE_FIELDS, 2)]
+        pairs += [("full_layers", field) for field in ("drop_layers", "window_layers")]
+        for one, other in pairs:
+            both = sorted(set(getattr(self, one)) & set(getattr(self, other)))
+            if both:
+                raise ValueError(f"layers {both} cannot be both in {one} and in {other}")
+        if len(set(self.drop_layers)) == self.num_layers:
+            raise ValueError("drop_layers has every layer; keep at least one")
+
     def schedule(self) -> LayerSchedule:
-        """Roles and head maps of the layers."""
-        roles = tuple(
-            LayerRole.DENSE
-            if layer in self.dense_layers
-            else LayerRole.ANCHOR
-            if layer in self.anchor_layers
-            else LayerRole.REUSE
-            for layer in range(self.num_layers)
+        """Roles and head maps of the layers, for methods with anchors.
+
+        Raises:
+            ConfigError: the profile has ``window_layers``.
+        """
+        if self.window_layers:
+            raise ConfigError(
+                f"the profile for {self.model} has window_layers {self.window_layers}, which "
+                "methods with anchors do not serve: use SINK_WINDOW (it gives every layer that "
+                "is not in full_layers the window), or move them to drop_layers"
+            )
+        placed = {
+            **dict.fromkeys(self.dense_layers, LayerRole.DENSE),
+            **dict.fromkeys(self.anchor_layers, LayerRole.ANCHOR),
+            **dict.fromkeys(self.drop_layers, LayerRole.DROP),
+        }
+        roles = tuple(placed.get(layer, LayerRole.REUSE) for layer in range(self.num_layers))
+        return LayerSchedule(
+            roles,
+            {layer: tuple(h) for layer, h in self.head_maps.items() if layer not in placed},
         )
-        return LayerSchedule(roles, {layer: tuple(h) for layer, h in self.head_maps.items()})
 
 
 def require_fit(profile: Profile, num_layers: int, num_kv_heads: int) -> None:

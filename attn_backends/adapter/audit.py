@@ -80,7 +80,11 @@ def with_audit(runner: Any, share: float, method: str) -> None:
 
 def _dense(metadata: ExtMetadata) -> ExtMetadata:
     plan = metadata.plan
-    roles = dict.fromkeys(plan.roles, LayerRole.DENSE)
+    # A dropped layer has no keys to be dense on: the audit does not see what dropping costs.
+    roles = {
+        name: role if role is LayerRole.DROP else LayerRole.DENSE
+        for name, role in plan.roles.items()
+    }
     return ExtMetadata(replace(plan, roles=roles), metadata.ops)
 
 

@@ -89,6 +89,7 @@ def _engine_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
             f"--block-size {cache.block_size} (use a multiple of {smallest})",
         ),
         (vllm_config.speculative_config is not None, "speculative decoding"),
+        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
         (vllm_config.kv_transfer_config is not None, "KV transfer connectors"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),

@@ -56,6 +56,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         reasons = [reason for reason, present in checks.items() if present]
         if reasons:
             raise ConfigError(f"this attention layer needs {'; '.join(reasons)}: not supported")
+        self.is_dropped = False  # set by dropping.py: attends nothing, owns no KV cache
         self._kernel = _configured_kernel()
         self._kv_cache: torch.Tensor | None = None
         self._views: tuple[torch.Tensor, torch.Tensor]
@@ -85,6 +86,8 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Writes this step's keys and values; ``[num_tokens, num_kv_heads, head_size]``."""
+        if self.is_dropped:
+            return  # ``kv_cache`` is another layer's
         views = self._cache_views(kv_cache)
         self._cache_write.run(key, value, *views, slot_mapping)
 
@@ -111,7 +114,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             output: like ``query``; written in place.
             output_scale, output_block_scale: fused quantisation, not supported.
         """
-        if attn_metadata is None:
+        if attn_metadata is None or self.is_dropped:
             return output.zero_()
         plan, ops = attn_metadata.plan, attn_metadata.ops
         views = self._cache_views(kv_cache)

@@ -14,6 +14,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from attn_backends.adapter.audit import with_audit
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
+from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.requests import BOOK
 from attn_backends.budget import BudgetConfig
 from attn_backends.config import ConfigError
@@ -60,9 +61,17 @@ class RetainingWorker:
     vllm_config: VllmConfig
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """See ``Worker.get_kv_cache_spec``."""
+        """See ``Worker.get_kv_cache_spec``; dropped layers have none."""
         stock: Any = super()
-        return retained_specs(self.vllm_config, stock.get_kv_cache_spec())
+        with unallocated(self.vllm_config):
+            specs = stock.get_kv_cache_spec()
+        return retained_specs(self.vllm_config, specs)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """See ``Worker.initialize_from_config``; dropped layers are bound to another's cache."""
+        stock: Any = super()
+        with unallocated(self.vllm_config):
+            stock.initialize_from_config(kv_cache_config)
 
 
 _builtin: Any = resolve_obj_by_qualname(STOCK_WORKERS[current_platform.device_type])

@@ -36,7 +36,8 @@ class SinkWindowConfig(MethodConfig):
             one KV block (checked again against the real block size at start-up).
         retention: ``evict`` frees the blocks between sinks and window, ``keep_all`` does not.
         profile: path of a profile whose ``full_layers`` keep and read everything (DuoAttention's
-            split, arXiv 2410.10819, at layer level); empty: every layer has the window.
+            split, arXiv 2410.10819, at layer level) and whose ``drop_layers`` attend nothing and
+            keep nothing (LLM-Drop); empty: every layer has the window.
 
     Raises:
         ConfigError: a value out of its range.
@@ -127,30 +128,27 @@ class SinkWindowSelector:
         ]
 
 
-def _full_layers(config: SinkWindowConfig, geometry: Geometry) -> list[int]:
-    if not config.profile:
-        return []
-    profile = load_profile(Path(config.profile))
-    require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
-    return profile.full_layers
-
-
 def _schedule(config: SinkWindowConfig, geometry: Geometry) -> LayerSchedule:
-    full = _full_layers(config, geometry)
-    return LayerSchedule(
-        tuple(
-            LayerRole.DENSE if layer in full else LayerRole.SELECTED
-            for layer in range(geometry.num_layers)
-        )
-    )
+    placed: dict[int, LayerRole] = {}
+    if config.profile:
+        profile = load_profile(Path(config.profile))
+        require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
+        placed = {
+            **dict.fromkeys(profile.full_layers, LayerRole.DENSE),
+            **dict.fromkeys(profile.drop_layers, LayerRole.DROP),
+        }
+    layers = range(geometry.num_layers)
+    return LayerSchedule(tuple(placed.get(layer, LayerRole.SELECTED) for layer in layers))
 
 
 def _retention(config: SinkWindowConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
     if config.retention == "keep_all":
         return (KeepAll(),) * geometry.num_layers
-    full = _full_layers(config, geometry)
     window = SinkWindowRetention(config.sink_tokens, config.window_tokens)
-    return tuple(KeepAll() if layer in full else window for layer in range(geometry.num_layers))
+    return tuple(
+        KeepAll() if role is LayerRole.DENSE else window
+        for role in _schedule(config, geometry).roles
+    )
 
 
 METHOD = SparseMethod(

@@ -37,7 +37,12 @@ def _vllm_config(
     } | (model or {})
     return SimpleNamespace(
         model_config=SimpleNamespace(**model_config),
-        cache_config=SimpleNamespace(**({"cache_dtype": "auto", "block_size": 32} | (cache or {}))),
+        cache_config=SimpleNamespace(
+            **(
+                {"cache_dtype": "auto", "block_size": 32, "kv_sharing_fast_prefill": False}
+                | (cache or {})
+            )
+        ),
         parallel_config=SimpleNamespace(
             **(
                 {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
@@ -73,6 +78,7 @@ def test_an_ordinary_model_has_no_reasons() -> None:
         ({"model": {"dtype": torch.float64}}, "float64"),
         ({"cache": {"cache_dtype": "fp8"}}, "--kv-cache-dtype fp8"),
         ({"cache": {"block_size": 16}}, "--block-size 16 (use a multiple of 32)"),
+        ({"cache": {"kv_sharing_fast_prefill": True}}, "--kv-sharing-fast-prefill"),
         ({"engine": {"speculative_config": object()}}, "speculative"),
         ({"engine": {"kv_transfer_config": object()}}, "KV transfer"),
         ({"parallel": {"decode_context_parallel_size": 2}}, "decode context parallelism"),

@@ -32,8 +32,9 @@ def run_engine(
 
     Returns:
         ``{"jobs": [[{"tokens": [...], "logprobs": [[id, logprob], ...]}]], "rows": {...},
-        "preemptions": n, "freed_blocks": [by KV group], "figures": {...}}`` with the logprob of
-        each token, and all other figures of ours by name and the last of their labels.
+        "preemptions": n, "freed_blocks": [by KV group], "num_blocks": n, "figures": {...}}`` with
+        the logprob of each token; ``num_blocks`` is the size of the KV pool, ``figures`` all
+        other figures of ours by name and the last of their labels.
 
     Raises:
         RuntimeError: the engine failed; the message ends with its log.
@@ -173,6 +174,7 @@ def _main(spec_path: str, result_path: str) -> None:
     freed = [getattr(m, "num_freed_blocks", 0) for m in managers.single_type_managers]
     result = {"jobs": jobs, "rows": rows, "preemptions": metrics["vllm:num_preemptions"]}
     result |= {"freed_blocks": freed, "figures": figures}
+    result["num_blocks"] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     Path(result_path).write_text(json.dumps(result))
     llm.llm_engine.engine_core.shutdown()
 

@@ -13,6 +13,8 @@ from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.budget import BudgetSelector
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
+from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
+from attn_backends.methods.sink_window import SinkWindowConfig
 from attn_backends.methods.tidal_decode import METHOD, TidalConfig
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.profile import Profile, fingerprint, load_profile, shipped_profile
@@ -53,6 +55,29 @@ def test_the_schedule_follows_the_profile(tmp_path: Path) -> None:
     assert schedule.head_maps == {2: (1, 0)}
 
 
+def test_layers_of_a_profile_are_dropped(tmp_path: Path) -> None:
+    path = _written(tmp_path, dense_layers=[], drop_layers=[0, 2])
+    dense, anchor, reuse = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE
+    schedule = METHOD.schedule(TidalConfig(profile=str(path)), GEOMETRY)
+    assert schedule.roles == (LayerRole.DROP, anchor, LayerRole.DROP, reuse, anchor, reuse)
+    assert schedule.dropped == (0, 2)
+    assert schedule.head_maps == {}  # a dropped layer follows nobody
+    sinks = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), GEOMETRY)
+    selected = LayerRole.SELECTED
+    assert sinks.roles == (LayerRole.DROP, selected, LayerRole.DROP, *[selected] * 3)
+    path = _written(tmp_path, drop_layers=[2], full_layers=[3])
+    sinks = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), GEOMETRY)
+    assert sinks.roles == (selected, selected, LayerRole.DROP, dense, selected, selected)
+
+
+def test_window_layers_are_refused_where_they_would_not_be_served(tmp_path: Path) -> None:
+    path = _written(tmp_path, window_layers=[2])
+    with pytest.raises(ConfigError, match=r"window_layers \[2\].*SINK_WINDOW"):
+        METHOD.schedule(TidalConfig(profile=str(path)), GEOMETRY)
+    roles = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), GEOMETRY).roles
+    assert roles == (LayerRole.SELECTED,) * 6
+
+
 def test_without_a_profile_there_is_a_warning_and_a_safe_default(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -66,7 +91,15 @@ def test_without_a_profile_there_is_a_warning_and_a_safe_default(
     ("changes", "words"),
     [
         ({"anchor_layers": [1, 9]}, "anchor_layers has [9]"),
-        ({"dense_layers": [0, 1]}, "both dense and anchor"),
+        ({"dense_layers": [0, 1]}, "both in dense_layers and in anchor_layers"),
+        ({"drop_layers": [6]}, "drop_layers has [6]"),
+        ({"drop_layers": [4]}, "both in anchor_layers and in drop_layers"),
+        ({"drop_layers": [2], "window_layers": [2]}, "both in drop_layers and in window_layers"),
+        ({"drop_layers": [2], "full_layers": [2]}, "both in full_layers and in drop_layers"),
+        (
+            {"dense_layers": [], "anchor_layers": [], "drop_layers": [0, 1, 2, 3, 4, 5]},
+            "keep at least one",
+        ),
         ({"anchor_layers": [3]}, "layers [1, 2] come before the first anchor"),
         ({"head_maps": {"2": [0, 5]}}, "between 0 and 1"),
         ({"head_maps": {"2": [0]}}, "needs 2 heads"),

@@ -7,7 +7,7 @@ Batch 1. Prefill is dense; tokens after a cached prompt follow the schedule unde
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,16 +36,17 @@ class Probe:
 
     Attributes:
         budget: blocks that sparse layers may read.
-        observe: called by every layer of a prefill with its index and module, the queries
+        observers: called by every layer of a prefill with its index and module, the queries
             ``[num_query_heads, seq_len, head_size]``, keys and values ``[num_kv_heads, seq_len,
-            head_size]`` and the scale; None where nothing is recorded.
+            head_size]`` and the scale.
         schedule: roles for query tokens after a cached prompt; None is dense. Every one of
             them is treated as a decode step: it selects for itself and sees nothing later, so
-            that one pass over a chunk equals decoding its tokens one by one.
+            that one pass over a chunk equals decoding its tokens one by one. Dropped layers are
+            dropped in a prefill as well.
     """
 
     budget: Budget
-    observe: Callable[..., None] | None = None
+    observers: list[Callable[..., None]] = field(default_factory=list)
     schedule: LayerSchedule | None = None
     _visible_blocks: torch.Tensor | None = None  # [query_len, num_kv_heads, num_blocks]
 
@@ -65,14 +66,17 @@ class Probe:
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         layer: int = module.layer_idx
         query_len, seq_len = query.shape[2], key.shape[2]
+        if self.schedule is not None and self.schedule.roles[layer] is LayerRole.DROP:
+            return torch.zeros_like(query).transpose(1, 2).contiguous(), None
         mask = None
         if query_len != seq_len:
             tokens = torch.arange(seq_len, device=key.device)
             mask = (tokens <= tokens[-query_len:, None])[None, None]
             if self.schedule is not None:
                 mask = mask & self._visible(layer, query[0], key[0], scale)
-        elif self.observe is not None:
-            self.observe(layer, module, query[0], key[0], value[0], scale)
+        else:
+            for observe in self.observers:
+                observe(layer, module, query[0], key[0], value[0], scale)
         out = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )

@@ -70,10 +70,79 @@ def markdown(profile: Profile, image: Path | None) -> str:
         "",
         "KL divergence and top-1 agreement of next-token distributions against dense, under forced "
         "decoding of each prompt's last tokens (transformers, fp32).",
+        *_layers(profile),
+        *_sinks(profile),
     ]
     if image is not None:
         lines += ["", f"![similarity of layers]({image.name})"]
     return "\n".join(lines) + "\n"
+
+
+def _layers(profile: Profile) -> list[str]:
+    """LLM-Drop's table, least S first."""
+    if profile.findings is None:
+        return []
+    similarity = profile.findings.layer_similarity
+    ranked = sorted(range(len(similarity)), key=lambda layer: similarity[layer])
+    lines = [
+        "",
+        "## Layers whose attention changes least",
+        "",
+        "S = 1 - cos(X, X + Attn(LN(X))), mean over tokens. Cosines do not see rare retrieval: "
+        "judge what dropping costs by the KL above.",
+        "",
+        "| layer | " + " | ".join(str(layer) for layer in ranked[:10]) + " |",
+        "|---|" + "---|" * len(ranked[:10]),
+        "| S | " + " | ".join(f"{similarity[layer]:.4f}" for layer in ranked[:10]) + " |",
+    ]
+    if profile.drop_layers:
+        lines += ["", f"Dropped: {profile.drop_layers}. The KL above includes it."]
+    if profile.window_layers:
+        lines += ["", f"Windowed instead: {profile.window_layers}. The KL above is without it."]
+    return lines
+
+
+def _sinks(profile: Profile) -> list[str]:
+    if profile.findings is None:
+        return []
+    sinks = profile.findings.sinks
+    lines = ["", "## Attention sinks", ""]
+    if sinks is None:
+        return [*lines, f"Not looked for: {profile.findings.sinks_off_reason}."]
+    num_heads = len(sinks.head_sink_mass) * profile.num_kv_heads
+    positions = range(min(8, len(sinks.sink_rate)))
+    lines += [
+        f"First tokens that are sinks (attention above {sinks.epsilon} in 1% of the heads or "
+        f"more): **{sinks.needed_tokens}**.",
+        "",
+        "| position | " + " | ".join(map(str, positions)) + " |",
+        "|---|" + "---|" * len(positions),
+        "| heads | " + " | ".join(f"{sinks.sink_rate[k]:.1%}" for k in positions) + " |",
+        "",
+        "| first tokens | " + " | ".join(map(str, sinks.first_mass)) + " |",
+        "|---|" + "---|" * len(sinks.first_mass),
+        "| attention of late queries | "
+        + " | ".join(f"{mass:.3f}" for mass in sinks.first_mass.values())
+        + " |",
+        "",
+        f"Dormant KV heads (sink mass above 0.9, small values): {len(sinks.dormant_heads)} of "
+        f"{num_heads}: {sinks.dormant_heads[:20]}.",
+        "",
+    ]
+    if sinks.norm_peaks is None:
+        return [*lines, "Secondary sinks: none; the first token's norm has no rise and fall."]
+    first, last = sinks.norm_peaks
+    lines.append(
+        f"Secondary sinks (layers {first} to {last}): {sinks.secondary_per_prompt} per prompt."
+    )
+    if sinks.secondary:
+        lines += ["", "| prompt | position | layers | kind | attention |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {s.prompt} | {s.position} | {s.first_layer}-{s.last_layer} | {s.kind} "
+            f"| {s.attention:.4f} |"
+            for s in sinks.secondary[:10]
+        ]
+    return lines
 
 
 _HEADER = "| KL text | KL retrieval | top-1 text | top-1 retrieval |\n|---|---|---|---|---|"

@@ -45,13 +45,13 @@ class ReuseErrors:
         self._handles = [
             layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers
         ]
-        self._probe.observe = self._observe
+        self._probe.observers.append(self._observe)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._probe.observe = None
+        self._probe.observers.remove(self._observe)
 
     def matrix(self) -> torch.Tensor:
         """``[num_layers a, num_layers b, num_kv_heads of a, num_kv_heads of b]``, infinite where

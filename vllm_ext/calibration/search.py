@@ -11,16 +11,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from attn_backends.findings import Findings
 from attn_backends.plan import LayerRole, LayerSchedule
 from vllm_ext.calibration.data import Example
+from vllm_ext.calibration.layer_similarity import LayerSimilarity
 from vllm_ext.calibration.probe import Probe
 from vllm_ext.calibration.reuse_error import ReuseErrors, spread_positions
+from vllm_ext.calibration.sinks import PromptSinks, SinkMeasure, off_reason, summarize
 
 SAMPLED_POSITIONS = 24  # of a text; of a retrieval prompt, question and answer
 
@@ -33,6 +37,8 @@ class Recording:
     logprobs: torch.Tensor  # [forced_tokens, vocabulary], dense
     cache: Any  # KV cache of the prompt without the forced tokens
     errors: torch.Tensor  # [layer a, layer b, head of a, head of b], see ReuseErrors.matrix
+    similarity: list[float]  # by layer, see LayerSimilarity
+    sinks: PromptSinks | None  # None where the model has no need of them
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Verdict:
 
 @torch.no_grad()
 def record(model: Any, probe: Probe, example: Example) -> Recording:
-    """One dense pass: reference logits, reuse errors, KV cache."""
+    """One dense pass: reference logits, reuse errors, similarities, sinks, KV cache."""
     from transformers import DynamicCache
 
     num_tokens = len(example.ids) - 1  # the last one is only predicted
@@ -63,13 +69,35 @@ def record(model: Any, probe: Probe, example: Example) -> Recording:
     probe.schedule = None
     cache = DynamicCache()
     ids = torch.tensor([example.ids[:-1]], device=model.device)
-    with ReuseErrors(model, probe, positions.to(model.device)) as errors:
+    with ExitStack() as stack:
+        errors = stack.enter_context(ReuseErrors(model, probe, positions.to(model.device)))
+        similarity = stack.enter_context(LayerSimilarity(model))
+        looks = not off_reason(model)
+        sinks = stack.enter_context(SinkMeasure(model, probe, num_tokens)) if looks else None
         hidden = model.model(
             input_ids=ids, past_key_values=cache, use_cache=True
         ).last_hidden_state[0, forced]
     logprobs = model.lm_head(hidden).log_softmax(-1)
     cache.crop(-example.forced_tokens)
-    return Recording(example, logprobs, cache, errors.matrix())
+    return Recording(
+        example,
+        logprobs,
+        cache,
+        errors.matrix(),
+        similarity.by_layer,
+        None if sinks is None else sinks.result(),
+    )
+
+
+def findings(model: Any, recordings: list[Recording]) -> Findings:
+    """Sinks and similarities over all prompts."""
+    measured = [r.sinks for r in recordings if r.sinks is not None]
+    similarity = torch.tensor([r.similarity for r in recordings]).mean(0)
+    return Findings(
+        sinks=summarize(measured) if measured else None,
+        sinks_off_reason=off_reason(model),
+        layer_similarity=[round(value, 5) for value in similarity.tolist()],
+    )
 
 
 def mean_errors(recordings: list[Recording]) -> torch.Tensor:
@@ -142,21 +170,36 @@ def make_schedule(
     return LayerSchedule(tuple(roles), head_maps)
 
 
+def without_layers(schedule: LayerSchedule, dropped: Collection[int]) -> LayerSchedule:
+    """The schedule with some layers dropped; none of them may be an anchor."""
+    roles = tuple(
+        LayerRole.DROP if layer in dropped else role for layer, role in enumerate(schedule.roles)
+    )
+    head_maps = {
+        layer: heads for layer, heads in schedule.head_maps.items() if layer not in dropped
+    }
+    return LayerSchedule(roles, head_maps)
+
+
 @torch.no_grad()
 def verify(
     model: Any, probe: Probe, schedule: LayerSchedule, recordings: list[Recording]
 ) -> Verdict:
-    """Forced decoding of every example's last tokens under a schedule."""
+    """Forced decoding of every example's last tokens under a schedule.
+
+    Prompts are dense and their recorded KV cache serves, unless the schedule drops layers: those
+    are dropped in a prompt too, which is then read again.
+    """
     divergences: dict[str, list[torch.Tensor]] = {"text": [], "retrieval": []}
     agreements: dict[str, list[torch.Tensor]] = {"text": [], "retrieval": []}
     probe.schedule = schedule
     for recording in recordings:
         example = recording.example
         ids = torch.tensor([example.ids[-example.forced_tokens - 1 : -1]], device=model.device)
-        hidden = model.model(
-            input_ids=ids, past_key_values=recording.cache, use_cache=True
-        ).last_hidden_state[0]
-        recording.cache.crop(-example.forced_tokens)
+        cache = _read_again(model, example) if schedule.dropped else recording.cache
+        hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        hidden = hidden.last_hidden_state[0]
+        cache.crop(-example.forced_tokens)
         dense, sparse = recording.logprobs, model.lm_head(hidden).log_softmax(-1)
         divergences[example.kind].append((dense.exp() * (dense - sparse)).sum(-1))
         agreements[example.kind].append((dense.argmax(-1) == sparse.argmax(-1)).float())
@@ -173,6 +216,16 @@ def verify(
         mean(agreements["text"]),
         mean(agreements["retrieval"]),
     )
+
+
+def _read_again(model: Any, example: Example) -> Any:
+    """KV cache of the prompt without the forced tokens, under the probe's schedule."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    ids = torch.tensor([example.ids[: -example.forced_tokens - 1]], device=model.device)
+    model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
 
 
 def search(

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from attn_backends.findings import Findings
 from attn_backends.plan import LayerSchedule
 from attn_backends.profile import Profile, fingerprint, load_profile
 from vllm_ext.calibration import report, search
 from vllm_ext.calibration.data import Sizes, make_examples
+from vllm_ext.calibration.layer_similarity import least_important
 from vllm_ext.calibration.probe import Budget, Probe, load_probed_model
 from vllm_ext.calibration.search import Recording, Verdict
 from vllm_ext.errors import UserError
@@ -41,6 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context-tokens", type=int, default=4096, help="longest prompt (4096)")
     parser.add_argument("--examples", type=int, default=8, help="prompts of each kind (8)")
     parser.add_argument("--verifications", type=int, default=40, help="end-to-end trials (40)")
+    parser.add_argument(
+        "--drop", type=int, default=0, metavar="N", help="drop the N layers of least effect (0)"
+    )
+    parser.add_argument(
+        "--window-instead",
+        action="store_true",
+        help="give the layers of --drop a window instead, and keep the others full (SINK_WINDOW)",
+    )
     parser.add_argument("--corpus", type=Path, help="calibration text (default: Python's library)")
     parser.add_argument("--seed", type=int, default=0, help="for the choice of prompts (0)")
     return parser
@@ -51,9 +61,12 @@ def _check(args: Any) -> None:
         raise UserError(f"{args.model} is not a model folder (no config.json)")
     if args.corpus is not None and not args.corpus.is_file():
         raise UserError(f"--corpus: {args.corpus} does not exist")
-    for name, lowest in (("anchors", 1), ("examples", 1), ("verifications", 1), ("seed", 0)):
+    lowest_of = {"anchors": 1, "examples": 1, "verifications": 1, "seed": 0, "drop": 0}
+    for name, lowest in lowest_of.items():
         if getattr(args, name) < lowest:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {lowest}")
+    if args.window_instead and not args.drop:
+        raise UserError("--window-instead needs --drop N: it says what those layers get")
     if args.context_tokens < 2 * args.budget_tokens:
         raise UserError(
             f"--context-tokens is {args.context_tokens}; to tell good anchors from bad it must be "
@@ -88,7 +101,8 @@ def main(argv: list[str]) -> int:
     minutes = (time.monotonic() - started) / 60
     print(f"written in {minutes:.1f} min: {args.output}, {text.name}", end="")
     print(f", {image.name}" if drawn else " (no heat map: matplotlib is not installed)")
-    print(f"use it with --attention-backend TIDAL_DECODE --profile {args.output}")
+    method = "SINK_WINDOW" if args.window_instead else "TIDAL_DECODE"
+    print(f"use it with --attention-backend {method} --profile {args.output}")
     return 0
 
 
@@ -105,7 +119,8 @@ class State:
 
     def __init__(self, args: Any) -> None:
         self._path = args.output.with_suffix(".state.json")
-        kept = {key: str(value) for key, value in vars(args).items() if key != "output"}
+        free = ("output", "drop", "window_instead")  # they change no verdict on anchors
+        kept = {key: str(value) for key, value in vars(args).items() if key not in free}
         self._key = kept | {"fingerprint": fingerprint(Path(args.model))}
         self._verdicts: dict[str, dict[str, Any]] = {}
         if self._path.is_file():
@@ -188,7 +203,7 @@ def calibrate(args: Any, state: State) -> tuple[Profile, torch.Tensor]:
     """
     bench = Bench(args)
     recordings = bench.record(args.seed, args.examples, "measuring reuse")
-    errors = search.mean_errors(recordings)
+    errors, found = search.mean_errors(recordings), search.findings(bench.model, recordings)
     costs = search.layer_errors(errors)
     candidates = search.best_anchor_sets(costs, args.anchors, DENSE_LAYERS, num_sets=6)
     if not candidates:
@@ -208,6 +223,9 @@ def calibrate(args: Any, state: State) -> tuple[Profile, torch.Tensor]:
     bar.close()
     print(verdict_line(f"chosen: anchors {list(best.anchors)}", best))
     schedule = search.make_schedule(best.anchors, errors, DENSE_LAYERS)
+    least = _least_important(args, best.anchors, found)
+    if not args.window_instead:
+        schedule = search.without_layers(schedule, least)
     recordings.clear()  # the memory is needed for the others
     held_out = bench.record(args.seed + HELD_OUT_SEED, max(2, args.examples // 2), "held out")
     by_budget = {}
@@ -216,7 +234,25 @@ def calibrate(args: Any, state: State) -> tuple[Profile, torch.Tensor]:
         bench.probe.budget = _budget(budget_tokens, args.block_size)
         by_budget[budget_tokens] = bench.verify(schedule, held_out)
         print(verdict_line(f"held out, {budget_tokens} tokens", by_budget[budget_tokens]))
-    return _profile(args, schedule, verdicts, by_budget), costs
+    profile = _profile(args, schedule, verdicts, by_budget)
+    fields: dict[str, Any] = {"findings": found}
+    if args.window_instead:  # every other layer keeps all, or SINK_WINDOW would window it too
+        fields["window_layers"] = least
+        fields["full_layers"] = [i for i in range(profile.num_layers) if i not in least]
+    else:
+        fields["drop_layers"] = least
+    return Profile(**(dict(profile) | fields)), costs
+
+
+def _least_important(args: Any, anchors: tuple[int, ...], found: Findings) -> list[int]:
+    protected = {*range(DENSE_LAYERS), *anchors}
+    try:
+        least = least_important(found.layer_similarity, protected, args.drop)
+    except ValueError as error:
+        raise UserError(f"--drop is {args.drop}: {error}") from None
+    if least:
+        print(f"{'window' if args.window_instead else 'drop'} layers: {least}")
+    return least
 
 
 def _profile(

@@ -55,11 +55,13 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
             "; ".join(reasons),
         )
     check_method(config, cache.block_size)
+    dropped: tuple[int, ...] = ()
     if vllm_config.model_config is not None and not reasons:
-        method.schedule(config, geometry_of(vllm_config))  # a bad profile must not wait for workers
+        # Asked for here already: a bad profile must not wait for workers.
+        dropped = method.schedule(config, geometry_of(vllm_config)).dropped
     if not reasons:
         vllm_config.parallel_config.worker_cls = WORKERS[device_type][1]
-    _active.update(method=method, config=config, is_served=not reasons)
+    _active.update(method=method, config=config, is_served=not reasons, dropped=dropped)
 
 
 def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> None:
@@ -84,6 +86,12 @@ def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> Non
         raise VLLMValidationError("vllm_xargs: per-request options are not supported on GPUs yet")
     if not _active["is_served"]:
         raise VLLMValidationError("vllm_xargs: this server runs dense, options are void")
+    if options.is_dense and _active["dropped"]:
+        raise VLLMValidationError(
+            "vllm_xargs.sparse is 'off', but this server's profile drops layers "
+            f"{list(_active['dropped'])} for every request: their keys do not exist. Ask for "
+            "budget_tokens instead, or serve with a profile without drop_layers"
+        )
 
 
 def select_backend(name: str, selector_config: Any, builtin: Callable[[], str]) -> str:
