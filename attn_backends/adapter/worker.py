@@ -6,6 +6,7 @@ row order has been tested there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.utils import extract_layer_index
@@ -14,6 +15,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.requests import BOOK
+from attn_backends.batch import RowOptions
+from attn_backends.budget import BudgetConfig
 from attn_backends.config import ConfigError
 from kvcache.adapter.specs import with_retention
 
@@ -52,6 +55,13 @@ def retained_specs(
         raise ConfigError(f"{method.name}: {error}") from None
 
 
+def presets_of(vllm_config: VllmConfig) -> Mapping[str, RowOptions]:
+    """What requests of this engine may name in ``vllm_xargs.sparse``, besides on and off."""
+    method = chosen_method(vllm_config)
+    config = None if method is None else method_config(vllm_config, method)
+    return config.presets if isinstance(config, BudgetConfig) else {}
+
+
 class RetainingWorker:
     """Put before a worker of vLLM in the bases."""
 
@@ -75,6 +85,7 @@ if current_platform.is_cpu():
             super().init_device()
             runner: Any = self.model_runner
             BOOK.row_ids = lambda: runner.input_batch.req_ids
+            BOOK.presets = presets_of(self.vllm_config)
 
         def execute_model(self, scheduler_output: Any) -> Any:
             """See ``Worker.execute_model``."""

@@ -40,7 +40,11 @@ def _vllm_config(
         cache_config=SimpleNamespace(**({"cache_dtype": "auto", "block_size": 32} | (cache or {}))),
         parallel_config=SimpleNamespace(
             **(
-                {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+                {
+                    "decode_context_parallel_size": 1,
+                    "prefill_context_parallel_size": 1,
+                    "use_ubatching": False,
+                }
                 | (parallel or {})
             )
         ),
