@@ -15,7 +15,10 @@ from attn_backends.plan import AnchorState
 from attn_backends.recall import RecallWatch
 from kvcache.retention import KeepAll, RetentionPolicy
 
-PRESETS = {"fast": 0.5, "accurate": 2.0}  # what a request may name: factor on the server's budget
+PRESETS = {  # what a request may name
+    "fast": RowOptions(budget_factor=0.5),
+    "accurate": RowOptions(budget_factor=2.0),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class BudgetConfig(MethodConfig):
                 f"recent_tokens = {forced_tokens}; raise the budget or lower those"
             )
 
+    @property
+    def presets(self) -> Mapping[str, RowOptions]:
+        """What a request may name in ``vllm_xargs.sparse``, besides on and off."""
+        return PRESETS
+
 
 class BudgetSelector:
     """Owns the selection that anchors fill and sparse layers read."""
@@ -102,7 +110,7 @@ class BudgetSelector:
         """See ``Selector.anchor_state``; short and dense rows get a budget for everything."""
         rows = batch.num_reqs
         budgets = self._budgets[:rows]
-        budgets.fill_(self._budget_blocks)
+        self._fill_budgets(budgets, batch.seq_lens)
         if self._config.budget_fraction:
             share_tokens = batch.seq_lens * self._config.budget_fraction
             share_blocks = torch.ceil(share_tokens / self._block_size).to(torch.int32)
@@ -126,6 +134,14 @@ class BudgetSelector:
             self.watch.recall[:rows],
         )
 
+    def _fill_budgets(self, budgets: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """Writes the server's budget of each row, blocks; no host synchronisation."""
+        budgets.fill_(self._budget_blocks)
+
+    def _server_budget_tokens(self, seq_len: int) -> int:
+        """The server's budget of a row of this length, on the host."""
+        return self._config.budget_tokens
+
     def span_rule(self, num_reqs: int) -> SpanRule | None:
         """See ``Selector.span_rule``: all tokens of a selected block count."""
         return None
@@ -135,7 +151,8 @@ class BudgetSelector:
         budget_tokens: float | None = asked.budget_tokens
         if budget_tokens is None:
             share_tokens = self._config.budget_fraction * seq_len
-            budget_tokens = max(self._config.budget_tokens, share_tokens) * asked.budget_factor
+            server_tokens = max(self._server_budget_tokens(seq_len), share_tokens)
+            budget_tokens = server_tokens * asked.budget_factor
         return seq_len <= math.ceil(budget_tokens / self._block_size) * self._block_size
 
     def row_reasons(

@@ -30,6 +30,23 @@ class LayerRole(Enum):
 
 
 @dataclass(frozen=True)
+class Window:
+    """What a layer with a window of its own reads: the first and the last tokens, in prefill too.
+
+    The query at position ``p`` sees token ``t <= p`` iff ``t < sink_tokens`` or
+    ``t > p - window_tokens``.
+    """
+
+    sink_tokens: int
+    window_tokens: int
+
+    @property
+    def reach_tokens(self) -> int:
+        """Length up to which a context is read whole."""
+        return self.sink_tokens + self.window_tokens
+
+
+@dataclass(frozen=True)
 class LayerSchedule:
     """One role per attention layer, by layer index.
 
@@ -37,6 +54,8 @@ class LayerSchedule:
         roles: the role of each layer.
         head_maps: for REUSE layers whose KV heads do not follow the anchor's head of the same
             index: the anchor's KV head that each KV head follows.
+        windows: of SELECTED layers whose selection is a window of their own, whatever the
+            method selects for the others.
 
     Raises:
         ValueError: no layers, all of them dropped, or a REUSE layer without an anchor before it.
@@ -44,6 +63,7 @@ class LayerSchedule:
 
     roles: tuple[LayerRole, ...]
     head_maps: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    windows: dict[int, Window] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.roles:

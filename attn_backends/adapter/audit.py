@@ -80,12 +80,13 @@ def with_audit(runner: Any, share: float, method: str) -> None:
 
 def _dense(metadata: ExtMetadata) -> ExtMetadata:
     plan = metadata.plan
-    # A dropped layer has no keys to be dense on: the audit does not see what dropping costs.
+    # A dropped layer has no keys to be dense on, and one with a window may have lost them: the
+    # audit does not see what those cost.
     roles = {
         name: role if role is LayerRole.DROP else LayerRole.DENSE
         for name, role in plan.roles.items()
     }
-    return ExtMetadata(replace(plan, roles=roles), metadata.ops)
+    return replace(metadata, plan=replace(plan, roles=roles))
 
 
 def _divergence(dense: torch.Tensor, served: torch.Tensor) -> tuple[list[float], list[bool]]:

@@ -93,6 +93,7 @@ def _engine_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
         (vllm_config.kv_transfer_config is not None, "KV transfer connectors"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
+        (parallel.use_ubatching, "micro-batches (--enable-dbo): they would share one selection"),
         (vllm_config.attention_config.use_non_causal, "non-causal attention"),
     ]
     return [reason for failed, reason in checks if failed]

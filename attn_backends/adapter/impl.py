@@ -116,7 +116,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         """
         if attn_metadata is None or self.is_dropped:
             return output.zero_()
-        plan, ops = attn_metadata.plan, attn_metadata.ops
+        plan, ops = attn_metadata.of_layer(layer.layer_name)
         views = self._cache_views(kv_cache)
         if plan.decode is not None:
             rows = slice(0, plan.num_decode_tokens)

@@ -23,6 +23,8 @@ from attn_backends.adapter.config import geometry_of, method_config
 from attn_backends.adapter.counters import RowCounters
 from attn_backends.adapter.ops import ORDER_OF_DEVICE, Ops, resolve_ops
 from attn_backends.adapter.requests import BOOK
+from attn_backends.adapter.sharing import shared_selector
+from attn_backends.adapter.windows import WindowPlans
 from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
 from attn_backends.method import SparseMethod
@@ -45,6 +47,13 @@ class ExtMetadata(AttentionMetadata):
 
     plan: DecodePlan
     ops: Ops
+    windowed: dict[str, DecodePlan]  # of layers with a window of their own, by name
+    window_ops: Ops  # they need the token rule, which not every kernel has
+
+    def of_layer(self, name: str) -> tuple[DecodePlan, Ops]:
+        """The plan of one layer, and the ops that serve it."""
+        plan = self.windowed.get(name)
+        return (self.plan, self.ops) if plan is None else (plan, self.window_ops)
 
 
 class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
@@ -89,15 +98,26 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         }
         anchors = [i for i, role in enumerate(schedule.roles) if role is LayerRole.ANCHOR]
         self._inheriting = frozenset(n for n, i in indices.items() if i in anchors[1:])
-        self._selector = method.make_selector(config, geometry, device)
-        self._ops = resolve_ops(
-            op_context(
-                kv_cache_spec,
-                geometry.num_query_heads,
-                device,
-                with_rule=self._selector.span_rule(1) is not None,
-            ),
-            config.kernel,
+        self._selector = (
+            shared_selector(
+                next(iter(layers.values())),
+                geometry,
+                lambda: method.make_selector(config, geometry, device),
+            )
+            if LayerRole.REUSE in schedule.roles
+            else method.make_selector(config, geometry, device)
+        )
+        windows = {
+            name: schedule.windows[i] for name, i in indices.items() if i in schedule.windows
+        }
+        self._windows = WindowPlans(windows, geometry, device)
+        has_rule = self._selector.span_rule(1) is not None
+        self._ops, self._window_ops = (
+            resolve_ops(
+                op_context(kv_cache_spec, geometry.num_query_heads, device, with_rule),
+                config.kernel,
+            )
+            for with_rule in (has_rule, has_rule or bool(windows))
         )
         # Every rank and every KV group serves the same rows: one of them counts.
         is_first = min(indices.values()) == min(extract_layer_index(name) for name in layers)
@@ -159,7 +179,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             inheriting=self._inheriting,
             selecting_rows=selecting_rows,
         )
-        return ExtMetadata(plan, self._ops)
+        return ExtMetadata(plan, self._ops, self._windows.of_step(plan), self._window_ops)
 
     def _options(self, num_decodes: int) -> dict[int, RowOptions]:
         """What the rows' requests asked for, as far as the recall guard lets them."""

@@ -21,7 +21,10 @@ KEYS = ("sparse", "budget_tokens")
 
 
 def parse_options(
-    extra_args: Mapping[str, Any] | None, method: SparseMethod, min_budget_tokens: int
+    extra_args: Mapping[str, Any] | None,
+    method: SparseMethod,
+    min_budget_tokens: int,
+    presets: Mapping[str, RowOptions] = PRESETS,
 ) -> RowOptions | None:
     """What a request asks for, or None when it asks for nothing of ours.
 
@@ -29,6 +32,7 @@ def parse_options(
         extra_args: the request's ``vllm_xargs``.
         method: the server's method.
         min_budget_tokens: smallest budget the server's settings allow.
+        presets: what a request may name in ``sparse``, besides on and off.
 
     Raises:
         ValueError: a value that cannot be honoured; names it and what would work.
@@ -42,9 +46,9 @@ def parse_options(
             "TIDAL_DECODE does"
         )
     sparse = ours.get("sparse", "on")
-    if not isinstance(sparse, str) or sparse not in ("on", "off", *PRESETS):
+    if not isinstance(sparse, str) or sparse not in ("on", "off", *presets):
         raise ValueError(
-            f"vllm_xargs.sparse is {sparse!r}; it must be one of on, off, {', '.join(PRESETS)}"
+            f"vllm_xargs.sparse is {sparse!r}; it must be one of on, off, {', '.join(presets)}"
         )
     budget_tokens = ours.get("budget_tokens")
     if budget_tokens is not None and (
@@ -54,15 +58,17 @@ def parse_options(
             f"vllm_xargs.budget_tokens is {budget_tokens!r}; it must be a whole number between "
             f"{min_budget_tokens} and {1 << 20}"
         )
-    if sparse in ("off", *PRESETS) and budget_tokens is not None:
+    if sparse in ("off", *presets) and budget_tokens is not None:
         raise ValueError(f"vllm_xargs has budget_tokens and sparse = {sparse}: give one of them")
-    return _options_of(ours)
+    return _options_of(ours, presets)
 
 
-def _options_of(extra_args: Mapping[str, Any]) -> RowOptions:
+def _options_of(extra_args: Mapping[str, Any], presets: Mapping[str, RowOptions]) -> RowOptions:
     """Options from arguments that ``parse_options`` accepted."""
     sparse = extra_args.get("sparse", "on")
-    return RowOptions(sparse == "off", extra_args.get("budget_tokens"), PRESETS.get(sparse, 1.0))
+    if sparse in presets:
+        return presets[sparse]
+    return RowOptions(sparse == "off", extra_args.get("budget_tokens"))
 
 
 class RequestBook:
@@ -72,6 +78,7 @@ class RequestBook:
         self._by_id: dict[str, RowOptions] = {}
         self.step = 0  # of this worker; tells the builders of several KV groups apart from steps
         self.finished_ids: list[str] = []  # before this step
+        self.presets: Mapping[str, RowOptions] = PRESETS
         self.row_ids: Callable[[], Sequence[str | None]] = lambda: ()
 
     def update(self, scheduler_output: SchedulerOutput) -> None:
@@ -84,7 +91,7 @@ class RequestBook:
             params = request.sampling_params
             extra_args = params.extra_args if params is not None else None
             if extra_args and any(key in extra_args for key in KEYS):
-                self._by_id[request.req_id] = _options_of(extra_args)
+                self._by_id[request.req_id] = _options_of(extra_args, self.presets)
 
     def of_rows(self, num_rows: int) -> dict[int, RowOptions]:
         """Options by row index, for the first rows of the batch about to run."""

@@ -6,6 +6,7 @@ row order has been tested there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.utils import extract_layer_index
@@ -16,6 +17,7 @@ from attn_backends.adapter.audit import with_audit
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.requests import BOOK
+from attn_backends.batch import RowOptions
 from attn_backends.budget import BudgetConfig
 from attn_backends.config import ConfigError
 from kvcache.adapter.specs import with_retention
@@ -55,6 +57,13 @@ def retained_specs(
         raise ConfigError(f"{method.name}: {error}") from None
 
 
+def presets_of(vllm_config: VllmConfig) -> Mapping[str, RowOptions]:
+    """What requests of this engine may name in ``vllm_xargs.sparse``, besides on and off."""
+    method = chosen_method(vllm_config)
+    config = None if method is None else method_config(vllm_config, method)
+    return config.presets if isinstance(config, BudgetConfig) else {}
+
+
 class RetainingWorker:
     """Put before a worker of vLLM in the bases."""
 
@@ -90,6 +99,7 @@ if current_platform.is_cpu():
             config = None if method is None else method_config(self.vllm_config, method)
             if isinstance(config, BudgetConfig) and config.audit_share:
                 with_audit(runner, config.audit_share, str(method.name if method else ""))
+            BOOK.presets = presets_of(self.vllm_config)
 
         def execute_model(self, scheduler_output: Any) -> Any:
             """See ``Worker.execute_model``."""

@@ -8,19 +8,31 @@ sink and recent blocks are forced (TidalDecode's code can drop even the current 
 anchors attend densely, and only decode rows are sparse, so that chunked prefill and
 multi-turn prompts stay exact.
 
-Selection is made again in every step.
+Selection is made again in every step. A policy (docs/policy.md) may give layers other roles,
+a window of their own among them, and rows a budget by their length.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from attn_backends.budget import BudgetConfig, BudgetSelector, prompts_cached
+import torch
+
+from attn_backends.batch import RowOptions
+from attn_backends.budget import PRESETS, BudgetConfig, BudgetSelector, prompts_cached
+from attn_backends.config import POLICY_KEY
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
+from attn_backends.policy.composition import compose, retention_of
+from attn_backends.policy.model import NO_POLICY, Policy, PolicyError
+from attn_backends.policy.reading import parse_policy
 from attn_backends.profile import Profile, load_profile, require_fit, shipped_profile
+from kvcache.retention import RetentionPolicy
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -34,9 +46,66 @@ class TidalConfig(BudgetConfig):
 
     Attributes:
         profile: path of a profile, or ``auto`` for the one shipped for this model.
+        policy: of layers, budgets and presets; read from a document (``compose``).
     """
 
     profile: str = "auto"
+    policy: Policy = NO_POLICY
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        forced_tokens = max(1, self.sink_tokens + self.recent_tokens)
+        self.policy.require_budgets(forced_tokens, self.min_context_tokens)
+
+    @classmethod
+    def compose(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``MethodConfig.compose``: the policy's settings beside those given without it."""
+        values = {key: value for key, value in raw.items() if key != POLICY_KEY}
+        policy = parse_policy(raw.get(POLICY_KEY, {}), cls, ("on", "off", *PRESETS))
+        for key, value in policy.settings.items():
+            if values.setdefault(key, value) != value:
+                raise PolicyError(
+                    ("settings", key),
+                    f"is {value!r}, but vllm_ext.{key} is {values[key]!r}; give it once",
+                )
+        return {**values, POLICY_KEY: policy}
+
+    @property
+    def presets(self) -> Mapping[str, RowOptions]:
+        """See ``BudgetConfig.presets``."""
+        return {**PRESETS, **self.policy.presets}
+
+
+class TidalSelector(BudgetSelector):
+    """Budgets by context length, and rows that some layers read through a window."""
+
+    def __init__(self, config: TidalConfig, geometry: Geometry, device: torch.device) -> None:
+        super().__init__(config, geometry, device)
+        self._policy = config.policy
+        reaches = (window.reach_tokens for window in config.policy.windows)
+        self._least_reach_tokens = min(reaches, default=None)
+
+    def _fill_budgets(self, budgets: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        super()._fill_budgets(budgets, seq_lens)
+        # The shortest entry that fits wins, so it is written last.
+        for entry in reversed(self._policy.budgets):
+            tokens = seq_lens if entry.budget_tokens is None else entry.budget_tokens
+            blocks = -(-tokens // self._block_size)
+            fits = seq_lens <= entry.up_to_tokens
+            budgets.copy_(torch.where(fits, blocks, budgets))
+
+    def _server_budget_tokens(self, seq_len: int) -> int:
+        entry = self._policy.budget_of(seq_len)
+        if entry is None:
+            return super()._server_budget_tokens(seq_len)
+        return seq_len if entry.budget_tokens is None else entry.budget_tokens
+
+    def _reason(self, seq_len: int, asked: RowOptions) -> tuple[str, str]:
+        path, reason = super()._reason(seq_len, asked)
+        reads_all = path == "dense" or reason == "everything_kept"
+        has_gap = self._least_reach_tokens is not None and seq_len > self._least_reach_tokens
+        # Not dense while some layer reads its window only.
+        return ("sparse", "window_layers") if reads_all and has_gap else (path, reason)
 
 
 def _resolve_profile(config: TidalConfig, geometry: Geometry) -> Profile | None:
@@ -51,7 +120,29 @@ def _resolve_profile(config: TidalConfig, geometry: Geometry) -> Profile | None:
     return profile
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Every builder and worker asks for the schedule; one warning a process is enough."""
+    logger.warning(message)
+
+
 def _schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
+    base = _base_schedule(config, geometry)
+    composition = compose(config.policy, base, geometry.block_size)
+    if composition.unmapped_layers:
+        _warn_once(
+            f"TIDAL_DECODE: under the policy, layers {list(composition.unmapped_layers)} follow "
+            "another anchor than in the profile, whose head maps do not apply there: each KV "
+            "head follows the anchor's same one, uncalibrated"
+        )
+    return composition.schedule
+
+
+def _retention(config: TidalConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
+    return retention_of(config.policy, prompts_cached(config, geometry))
+
+
+def _base_schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
     profile = _resolve_profile(config, geometry)
     if profile is not None:
         return profile.schedule()
@@ -73,12 +164,12 @@ METHOD = SparseMethod(
     paper="TidalDecode, arXiv 2410.05076; Kascade, arXiv 2512.16391",
     config_cls=TidalConfig,
     schedule=_schedule,
-    make_selector=BudgetSelector,
+    make_selector=TidalSelector,
     capabilities=Capabilities(
         reads="everything in dense and anchor layers, budget_tokens in the others; decode only",
-        frees="nothing",
+        frees="nothing, except what a policy's window layers leave out",
         limits="needs a calibrated profile (vllm-ext profile); short contexts gain nothing",
     ),
     takes_row_options=True,
-    retention=prompts_cached,
+    retention=_retention,
 )

@@ -45,7 +45,11 @@ def _vllm_config(
         ),
         parallel_config=SimpleNamespace(
             **(
-                {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+                {
+                    "decode_context_parallel_size": 1,
+                    "prefill_context_parallel_size": 1,
+                    "use_ubatching": False,
+                }
                 | (parallel or {})
             )
         ),

@@ -71,3 +71,17 @@ def test_the_book_follows_requests_through_reordering_and_the_end() -> None:
     assert book.of_rows(2) == {0: RowOptions(budget_tokens=128)}
     book.update(_step({"b": None}, finished=("b",)))  # an id may come back as another request
     assert book.of_rows(2) == {}
+
+
+def test_presets_of_the_server_are_known_to_front_end_and_worker() -> None:
+    presets = {"deep": RowOptions(budget_tokens=2048)}
+    assert parse_options({"sparse": "deep"}, TIDAL, 96, presets) == presets["deep"]
+    with pytest.raises(ValueError, match="one of on, off, deep"):
+        parse_options({"sparse": "fast"}, TIDAL, 96, presets)
+    with pytest.raises(ValueError, match="give one of them"):
+        parse_options({"sparse": "deep", "budget_tokens": 512}, TIDAL, 96, presets)
+    book = RequestBook()
+    book.presets = presets
+    book.row_ids = lambda: ["a", "b"]
+    book.update(_step({"a": {"sparse": "deep"}, "b": {"sparse": "on"}}))
+    assert book.of_rows(2) == {0: presets["deep"], 1: RowOptions()}

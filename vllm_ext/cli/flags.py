@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
 from typing import Any
 
-from attn_backends.config import KERNEL_CHOICES
+from attn_backends.config import KERNEL_CHOICES, POLICY_KEY, settings_of
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.engine_process import DTYPES, cpu_dtype
 from vllm_ext.errors import UserError
 
+POLICY_FLAG = "--sparse-config"
 _TYPES = {"int": int, "str": str, "float": float}
+
+
+def flag_of(setting: str) -> str:
+    """The flag that gives a setting, or the policy."""
+    return POLICY_FLAG if setting == POLICY_KEY else "--" + setting.replace("_", "-")
 
 
 def setting_fields() -> dict[str, str]:
     """Type name of every setting that some method has, by its name."""
     return {
-        field.name: str(field.type)
+        setting: str(field.type)
         for name in REGISTRY
-        for field in fields(load_method(name).config_cls)
+        for setting, field in settings_of(load_method(name).config_cls).items()
     }
 
 
@@ -32,11 +37,9 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     """Adds one flag per setting; absent flags stay out of the namespace."""
     group = parser.add_argument_group("vllm-ext settings (see `vllm-ext methods`)")
     for name, type_name in setting_fields().items():
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         owners = ", ".join(
-            method
-            for method in REGISTRY
-            if name in {field.name for field in fields(load_method(method).config_cls)}
+            method for method in REGISTRY if name in settings_of(load_method(method).config_cls)
         )
         if type_name == "bool":
             group.add_argument(
@@ -73,7 +76,7 @@ def merge_additional_config(text: str | None, settings: dict[str, Any]) -> dict[
 
     Args:
         text: what the user gave to ``--additional-config``, JSON.
-        settings: flags of ours that were given.
+        settings: flags of ours that were given, and the policy's content.
 
     Raises:
         UserError: not JSON, or a setting given twice with different values.
@@ -91,9 +94,9 @@ def merge_additional_config(text: str | None, settings: dict[str, Any]) -> dict[
         raise UserError(f"vllm_ext in --additional-config must be an object, got {ours!r}")
     for name, value in settings.items():
         if ours.get(name, value) != value:
-            flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"{name} is given twice: {flag} {value} and {ours[name]!r} in --additional-config"
+                f"{name} is given twice: {flag_of(name)} {value!s:.200} and {ours[name]!r:.200} "
+                "in --additional-config"
             )
         ours[name] = value
     return merged

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from dataclasses import fields
 
+from attn_backends.config import settings_of
 from attn_backends.methods import REGISTRY, load_method
 
 
 def settings_text(name: str) -> str:
     """A method's settings with defaults, ``key=default, ...``."""
-    config_cls = load_method(name).config_cls
-    return ", ".join(f"{field.name}={field.default}" for field in fields(config_cls))
+    settings = settings_of(load_method(name).config_cls)
+    return ", ".join(f"{name}={field.default}" for name, field in settings.items())
 
 
 def table() -> str:

@@ -21,10 +21,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from attn_backends.config import ConfigError, parse_config
+from attn_backends.config import POLICY_KEY, ConfigError, parse_config
 from attn_backends.methods import REGISTRY, load_method
+from attn_backends.policy.model import PolicyError
 from vllm_ext import plugin
-from vllm_ext.cli.flags import add_setting_flags, merge_additional_config
+from vllm_ext.cli.flags import POLICY_FLAG, add_setting_flags, flag_of, merge_additional_config
+from vllm_ext.cli.policy_file import PolicyFile, read_policy, require_method
 from vllm_ext.engine_process import cpu_dtype
 from vllm_ext.errors import UserError
 
@@ -55,6 +57,11 @@ def _own_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to bind (8000)")
     parser.add_argument("--additional-config", metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument(
+        POLICY_FLAG,
+        metavar="FILE|JSON",
+        help="a policy of layers, budgets and presets for TIDAL_DECODE (docs/policy.md)",
+    )
     add_setting_flags(parser)
     return parser
 
@@ -163,20 +170,39 @@ def check_settings(backend: str, settings: dict[str, Any] | None) -> None:
     parse_config(load_method(backend).config_cls, settings, backend)
 
 
-def vllm_arguments(model: str | None, own: argparse.Namespace, rest: list[str]) -> list[str]:
-    """The argument list for vLLM's parser."""
-    settings = {
-        name: value
-        for name, value in vars(own).items()
-        if name not in ("attention_backend", "host", "port", "additional_config")
-    }
+def vllm_arguments(
+    model: str | None, own: argparse.Namespace, rest: list[str], policy: PolicyFile | None = None
+) -> list[str]:
+    """The argument list for vLLM's parser.
+
+    Args:
+        model: the leading word, if it was one.
+        own: what our parser took.
+        rest: what it left for vLLM's.
+        policy: of ``--sparse-config``.
+
+    Raises:
+        ConfigError: a bad setting.
+        UserError: a bad policy, with its line; or what does not go together.
+    """
+    others = ("attention_backend", "host", "port", "additional_config", "sparse_config")
+    settings = {name: value for name, value in vars(own).items() if name not in others}
     argv = [model] if model else []
     argv += ["--host", own.host, "--port", str(own.port), *rest]
     backend = (own.attention_backend or "").upper()
     if backend:
         argv += ["--attention-backend", backend]
+    if policy is not None:
+        require_method(backend)
+        policy.require_agreement(settings, flag_of)
+        settings[POLICY_KEY] = policy.content
     merged = merge_additional_config(own.additional_config, settings)
-    check_settings(backend, merged.get("vllm_ext"))
+    if policy is not None:
+        policy.require_agreement(merged["vllm_ext"], "vllm_ext.{} in --additional-config".format)
+    try:
+        check_settings(backend, merged.get("vllm_ext"))
+    except PolicyError as error:
+        raise (error if policy is None else policy.located(error)) from None
     if merged:
         argv += ["--additional-config", json.dumps(merged)]
     argv += default_dtype(rest)
@@ -253,12 +279,15 @@ def _announce_when_ready(args: Any) -> None:
     )
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, policy: PolicyFile | None) -> str:
     """The user-facing part of an error that vLLM may have wrapped."""
     details = getattr(error, "errors", None)  # pydantic's ValidationError
-    if callable(details):
-        return "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in details())
-    return str(error)
+    items = details() if callable(details) else []
+    for cause in (error, *(item.get("ctx", {}).get("error") for item in items)):
+        if policy is not None and isinstance(cause, PolicyError):
+            return str(policy.located(cause))
+    texts = (str(item["msg"]).removeprefix("Value error, ") for item in items)
+    return "; ".join(texts) if items else str(error)
 
 
 def main(argv: list[str]) -> int:
@@ -281,10 +310,11 @@ def main(argv: list[str]) -> int:
     if model or not any(word[:1] != "-" for word in rest):
         check_model(model)
     check_port(own.host, own.port)
-    return _run(vllm_arguments(model, own, rest))
+    policy = None if own.sparse_config is None else read_policy(own.sparse_config)
+    return _run(vllm_arguments(model, own, rest, policy), policy)
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], policy: PolicyFile | None) -> int:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
@@ -299,7 +329,7 @@ def _run(argv: list[str]) -> int:
             threading.Thread(target=_announce_when_ready, args=(args,), daemon=True).start()
         ServeSubcommand.cmd(args)
     except (ConfigError, ValueError, TypeError) as error:
-        raise UserError(_reason(error)) from None
+        raise UserError(_reason(error, policy)) from None
     except (RuntimeError, OSError) as error:
         print(f"\nvllm-ext serve: the engine did not start: {error}", file=sys.stderr)
         print("The first error above this line is the cause.", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attn_backends.adapter.checks import check_method, refuse, unsupported_reasons
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.requests import parse_options
+from attn_backends.budget import BudgetConfig
 from attn_backends.methods import load_method
 from vllm_ext import metrics
 
@@ -55,13 +56,13 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
             "; ".join(reasons),
         )
     check_method(config, cache.block_size)
-    dropped: tuple[int, ...] = ()
+    schedule = None
     if vllm_config.model_config is not None and not reasons:
-        # Asked for here already: a bad profile must not wait for workers.
-        dropped = method.schedule(config, geometry_of(vllm_config)).dropped
+        # Asked for here already: a bad profile or policy must not wait for workers.
+        schedule = method.schedule(config, geometry_of(vllm_config))
     if not reasons:
         vllm_config.parallel_config.worker_cls = WORKERS[device_type][1]
-    _active.update(method=method, config=config, is_served=not reasons, dropped=dropped)
+    _active.update(method=method, config=config, is_served=not reasons, schedule=schedule)
 
 
 def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> None:
@@ -76,8 +77,9 @@ def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> Non
         return
     config = _active["config"]
     forced_tokens = getattr(config, "sink_tokens", 0) + getattr(config, "recent_tokens", 0)
+    presets = config.presets if isinstance(config, BudgetConfig) else {}
     try:
-        options = parse_options(extra_args, _active["method"], max(1, forced_tokens))
+        options = parse_options(extra_args, _active["method"], max(1, forced_tokens), presets)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     if options is None:
@@ -86,10 +88,16 @@ def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> Non
         raise VLLMValidationError("vllm_xargs: per-request options are not supported on GPUs yet")
     if not _active["is_served"]:
         raise VLLMValidationError("vllm_xargs: this server runs dense, options are void")
-    if options.is_dense and _active["dropped"]:
+    schedule = _active["schedule"]
+    if options.is_dense and schedule is not None and schedule.windows:
+        raise VLLMValidationError(
+            "vllm_xargs.sparse is 'off', but this server's policy has window layers, and what is "
+            "in its prefix cache was computed through them; use 'accurate' or budget_tokens"
+        )
+    if options.is_dense and schedule is not None and schedule.dropped:
         raise VLLMValidationError(
             "vllm_xargs.sparse is 'off', but this server's profile drops layers "
-            f"{list(_active['dropped'])} for every request: their keys do not exist. Ask for "
+            f"{list(schedule.dropped)} for every request: their keys do not exist. Ask for "
             "budget_tokens instead, or serve with a profile without drop_layers"
         )
 
