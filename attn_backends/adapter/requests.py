@@ -8,6 +8,7 @@ its rows. No hook of vLLM passes them to a builder, hence the worker subclass (w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from attn_backends.batch import RowOptions
@@ -37,7 +38,10 @@ def parse_options(
     Raises:
         ValueError: a value that cannot be honoured; names it and what would work.
     """
-    ours = {key: extra_args[key] for key in KEYS if key in extra_args} if extra_args else {}
+    if not extra_args:
+        return None
+    _refuse_server_settings(extra_args, method)
+    ours = {key: extra_args[key] for key in KEYS if key in extra_args}
     if not ours:
         return None
     if not method.takes_row_options:
@@ -61,6 +65,16 @@ def parse_options(
     if sparse in ("off", *presets) and budget_tokens is not None:
         raise ValueError(f"vllm_xargs has budget_tokens and sparse = {sparse}: give one of them")
     return _options_of(ours, presets)
+
+
+def _refuse_server_settings(extra_args: Mapping[str, Any], method: SparseMethod) -> None:
+    """Keys that are nobody's stay vLLM's business; a setting of the server is an error here."""
+    settings = {field.name for field in fields(method.config_cls)}.difference(KEYS)
+    for key in sorted(settings.intersection(extra_args)):
+        raise ValueError(
+            f"vllm_xargs.{key} is {extra_args[key]!r}, but {key} is chosen for the whole server "
+            f"(--{key.replace('_', '-')}); drop it"
+        )
 
 
 def _options_of(extra_args: Mapping[str, Any], presets: Mapping[str, RowOptions]) -> RowOptions:

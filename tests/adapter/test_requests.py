@@ -35,6 +35,12 @@ def test_options_are_read_and_others_left_alone() -> None:
         ({"budget_tokens": 1.5}, "1.5"),
         ({"budget_tokens": 1 << 60}, "between 96 and"),
         ({"budget_tokens": [512]}, "512"),
+        ({"budget_tokens": float("nan")}, "nan"),
+        ({"budget_tokens": {"a": 1}}, "{'a': 1}"),
+        ({"budget_tokens": True}, "True"),
+        ({"sparse": {"preset": "fast"}}, "'preset'"),
+        ({"min_context_tokens": 0}, "--min-context-tokens"),
+        ({"strict": False, "budget_tokens": 512}, "--strict"),
     ],
 )
 def test_absurd_values_are_errors_that_say_what_works(
@@ -48,6 +54,8 @@ def test_absurd_values_are_errors_that_say_what_works(
 def test_methods_without_options_refuse_them() -> None:
     with pytest.raises(ValueError, match="SPARSE_FULL takes no per-request options"):
         parse_options({"budget_tokens": 512}, load_method("SPARSE_FULL"), 1)
+    with pytest.raises(ValueError, match=r"window_tokens is 64.*--window-tokens"):
+        parse_options({"window_tokens": 64}, load_method("SINK_WINDOW"), 1)
 
 
 def _step(new: dict[str, Any] | None = None, finished: tuple[str, ...] = ()) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 from attn_backends.config import POLICY_KEY, ConfigError, parse_config
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.policy.model import PolicyError
-from vllm_ext import plugin
+from vllm_ext import access, plugin
 from vllm_ext.cli.flags import POLICY_FLAG, add_setting_flags, flag_of, merge_additional_config
 from vllm_ext.cli.policy_file import PolicyFile, read_policy, require_method
 from vllm_ext.engine_process import cpu_dtype
@@ -279,6 +279,32 @@ def _announce_when_ready(args: Any) -> None:
     )
 
 
+def require_key_everywhere(args: Any) -> None:
+    """Adds the middleware that asks for the API key on every route, where a key is set.
+
+    Args:
+        args: vLLM's parsed arguments; ``middleware`` is extended.
+
+    Raises:
+        UserError: a key, and a front end that does not run the middleware.
+    """
+    if not access.api_keys(args):
+        return
+    other = {
+        "--grpc": getattr(args, "grpc", False),
+        "--grpc-port": getattr(args, "grpc_port", None) is not None,
+        "VLLM_USE_RUST_FRONTEND": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+    }
+    for name, is_used in other.items():
+        if is_used:
+            raise UserError(
+                f"an API key is set, but {name} starts a front end that does not ask for it on "
+                f"every route; drop {name}, or the key"
+            )
+    if access.MIDDLEWARE not in args.middleware:
+        args.middleware = [*args.middleware, access.MIDDLEWARE]
+
+
 def _reason(error: BaseException, policy: PolicyFile | None) -> str:
     """The user-facing part of an error that vLLM may have wrapped."""
     details = getattr(error, "errors", None)  # pydantic's ValidationError
@@ -323,6 +349,7 @@ def _run(argv: list[str], policy: PolicyFile | None) -> int:
         check_model(None)
     args.model = args.model_tag or args.model
     check_model(args.model)
+    require_key_everywhere(args)
     try:
         validate_parsed_serve_args(args)
         if not args.headless:
