@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     loads.add_argument("--slo-tpot-ms", type=float, metavar="MS", help="bound of a good request")
     loads.add_argument("--seed", type=int, default=0, help="of the prompts (0)")
     bounds = parser.add_argument_group("bounds")
-    bounds.add_argument("--max-minutes", type=float, default=60, help="then it stops (60)")
+    bounds.add_argument(
+        "--max-minutes", type=float, help="then it stops (60; 10 with --small); starting included"
+    )
     bounds.add_argument(
         "--max-requests", type=int, default=5000, help="a larger grid is refused (5000)"
     )
@@ -222,9 +224,10 @@ def _run(args: argparse.Namespace) -> int:
     settings = {"slo_ms": slo_ms, "seed": args.seed, "tokenizer": args.tokenizer}
     store = Store(args.output.with_suffix(".json"), settings, machine(), args.fresh)
     env = client_environment(args.allow_remote)
-    deadline_s = time.monotonic() + 60 * args.max_minutes
+    max_minutes = args.max_minutes or (10 if args.small else 60)
+    deadline_s = time.monotonic() + 60 * max_minutes
     plan = Plan(cells, slo_ms, args.tokenizer, args.seed, deadline_s, env)
-    _echo(f"{len(arms)} arms x {len(cells)} cells, at most {args.max_minutes:g} minutes")
+    _echo(f"{len(arms)} arms x {len(cells)} cells, at most {max_minutes:g} minutes")
     try:
         run(arms, plan, store, _echo)
     finally:
