@@ -128,8 +128,8 @@ def introduction(result: dict[str, Any]) -> list[str]:
     used = {record["cell"]["workload"] for record in result["cells"]}
     loads = "; ".join(f"{name}: {text}" for name, text in WORKLOADS.items() if name in used)
     clients = (
-        "Load by vLLM's own benchmark client, closed loop, random tokens, greedy. The client runs on "
-        "the machine named here; arms ran one after another: small differences are noise."
+        "Load by vLLM's own benchmark client, closed loop, random tokens, greedy, run on the "
+        "machine named here. Arms ran one after another: small differences are noise."
     )
     return [
         f"{machine['cpu']}, vLLM {machine['vllm']}, Python {machine['python']}, "
