@@ -6,13 +6,14 @@ ARGS ?=
 # Eager: ready in half a minute. `make serve COMPILE=1` compiles for two minutes first, once.
 COMPILE ?=
 
-.PHONY: help setup serve test check test-slow
+.PHONY: help setup serve test check test-slow loadtest
 
 help:
 	@echo "make serve      set up once, then serve the demo model on 127.0.0.1:$(PORT)"
 	@echo "                (BACKEND=SINK_WINDOW ARGS='--window-tokens 512' to choose a method)"
 	@echo "make test       set up once, then run checks and the default test suite"
 	@echo "make test-slow  the tests that the default suite leaves out"
+	@echo "make loadtest   ten minutes of load on three servers, one after another (ARGS=... for others)"
 	@echo "make check      ruff, mypy and import contracts only"
 	@echo "make setup      only the set-up: .venv, CPU kernels, demo model"
 
@@ -28,6 +29,9 @@ test: check
 
 test-slow: setup
 	.venv/bin/python -m pytest -m slow
+
+loadtest: setup
+	@.venv/bin/python -m deploy.loadtest $(or $(ARGS),--start --small --port $(PORT))
 
 check: setup
 	.venv/bin/ruff check .

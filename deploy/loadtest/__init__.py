@@ -1,0 +1,1 @@
+"""Load test: vLLM's own serving benchmark over a grid, side by side for several servers."""

@@ -1,0 +1,1 @@
+"""Prometheus configuration, a Grafana dashboard, and a preview of it without Grafana."""

@@ -1,0 +1,166 @@
+"""Every metric that the dashboard asks for is exported by us or by vLLM."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.observability.preview import legend
+from deploy.observability.queries import metric_names, panels
+
+ROOT = Path(__file__).resolve().parents[2]
+SUFFIXES = {
+    "counter": ("_total",),
+    "gauge": ("",),
+    "histogram": ("_bucket", "_sum", "_count"),
+}
+
+# Names that are on their way into attn_backends/; delete each when its constant is there.
+COMING = {
+    "vllm_ext:selection_recall",
+    "vllm_ext:selection_recall_hist_bucket",
+    "vllm_ext:selection_recall_hist_sum",
+    "vllm_ext:selection_recall_hist_count",
+    "vllm_ext:guard_rows_total",
+    "vllm_ext:audit_rows_total",
+    "vllm_ext:audit_kl_sum_total",
+    "vllm_ext:audit_agreements_total",
+    "vllm_ext:audit_kv_bytes_saved_total",
+}
+
+
+def _exported_by_us() -> set[str]:
+    """Sample names of all constants ``NAME = "vllm_ext:..."`` or ``NAME = ("vllm_ext:...", help)``.
+
+    The kind is that of the ``set_counter`` or ``set_gauge`` call that the constant is given to;
+    where it is given to something else, every suffix counts as exported.
+    """
+    names = set()
+    for kind, base in _our_constants():
+        suffixes = SUFFIXES[kind] if kind else sum(SUFFIXES.values(), ())
+        names |= {base + suffix for suffix in suffixes}
+    return names
+
+
+def _our_constants() -> Iterator[tuple[str | None, str]]:
+    """Kind (None where it is not known) and name of every metric of ours."""
+    for package in ("kvcache", "attn_backends", "vllm_ext"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            kinds = _kinds_of_constants(tree)
+            for constant, base in _metric_constants(tree):
+                yield kinds.get(constant), base
+
+
+def _metric_constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in tree.body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        value = node.value.elts[0] if isinstance(node.value, ast.Tuple) else node.value
+        if isinstance(value, ast.Constant) and str(value.value).startswith("vllm_ext:"):
+            yield node.targets[0].id, str(value.value)
+
+
+def _kinds_of_constants(tree: ast.Module) -> dict[str, str]:
+    kinds = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        kind = node.func.attr.removeprefix("set_")
+        if kind in SUFFIXES and node.args:
+            first = node.args[0]
+            first = first.value if isinstance(first, ast.Starred) else first
+            if isinstance(first, ast.Name):
+                kinds[first.id] = kind
+    return kinds
+
+
+def _exported_by_vllm() -> set[str]:
+    """Sample names of vLLM's own collectors, read from its source: importing it takes seconds."""
+    found = importlib.util.find_spec("vllm")
+    assert found is not None
+    assert found.origin is not None
+    tree = ast.parse(Path(found.origin).with_name("v1").joinpath("metrics/loggers.py").read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        kind = node.func.attr.removeprefix("_").removesuffix("_cls")
+        for keyword in node.keywords:
+            value = keyword.value
+            if keyword.arg == "name" and isinstance(value, ast.Constant) and kind in SUFFIXES:
+                names |= {f"{value.value}{suffix}" for suffix in SUFFIXES[kind]}
+    return names
+
+
+QUERIES = [
+    pytest.param(query.expr, id=f"{panel.title}-{query.legend}")
+    for panel in panels()
+    for query in panel.queries
+]
+
+
+@pytest.fixture(scope="module")
+def exported() -> set[str]:
+    """All sample names that a server's /metrics can have."""
+    ours, vllm = _exported_by_us(), _exported_by_vllm()
+    assert "vllm_ext:decode_rows_total" in ours
+    assert "vllm_ext:kv_blocks_held" in ours
+    assert "vllm_ext:kv_blocks_held_total" not in ours  # a gauge
+    assert len(vllm) > 50
+    return ours | vllm | COMING
+
+
+@pytest.mark.parametrize("expr", QUERIES)
+def test_every_metric_of_the_dashboard_is_exported(expr: str, exported: set[str]) -> None:
+    names = metric_names(expr)
+    assert names
+    assert names <= exported
+
+
+def test_every_metric_of_ours_is_on_the_dashboard() -> None:
+    shown = {name for panel in panels() for q in panel.queries for name in metric_names(q.expr)}
+    suffixes = sum(SUFFIXES.values(), ())
+    for _, base in _our_constants():
+        assert {base + suffix for suffix in suffixes} & shown, f"no panel shows {base}"
+
+
+@pytest.mark.parametrize(
+    ("expr", "names"),
+    [
+        ('sum by (le, path) (rate(a:b_bucket{x="by_label"}[5m]))', {"a:b_bucket"}),
+        ("histogram_quantile(0.95, sum(rate(c_total[$__rate_interval]))) / d", {"c_total", "d"}),
+        ("e and on (f) g > bool 2.5", {"e", "g"}),
+        ("1e3 * h", {"h"}),
+    ],
+)
+def test_metric_names_of_promql(expr: str, names: set[str]) -> None:
+    assert metric_names(expr) == names
+
+
+def test_rays_names_become_the_servers_own() -> None:
+    text = (ROOT / "deploy" / "observability" / "prometheus.yml").read_text()
+    jobs: dict[str, Any] = {job["job_name"]: job for job in yaml.safe_load(text)["scrape_configs"]}
+
+    def relabel(name: str) -> str:
+        for rule in jobs["ray"]["metric_relabel_configs"]:
+            assert rule["source_labels"] == [rule["target_label"]] == ["__name__"]
+            if found := re.fullmatch(rule["regex"], name):
+                name = rule["replacement"].replace("$1", found[1])
+        return name
+
+    assert relabel("ray_vllm_ext_activation_ratio") == "vllm_ext:activation_ratio"
+    assert relabel("ray_vllm_kv_cache_usage_perc") == "vllm:kv_cache_usage_perc"
+    assert relabel("ray_node_cpu_count") == "ray_node_cpu_count"
+
+
+def test_legends_are_filled_from_labels() -> None:
+    assert legend("{{method}} {{ kind }} now", {"method": "M", "kind": "own"}) == "M own now"
+    assert legend("{{gone}}p95", {}) == "p95"
