@@ -17,6 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.impl import ExtAttentionImpl
 from attn_backends.config import ConfigError
+from attn_backends.plan import LayerRole, LayerSchedule
 from vllm_ext.platforms import selection
 
 NUM_LAYERS, DROPPED = 4, [0, 2]
@@ -125,7 +126,13 @@ def test_dense_requests_are_refused_where_layers_are_dropped(
     from attn_backends.methods import load_method
 
     method = load_method("TIDAL_DECODE")
-    served = {"method": method, "config": method.config_cls(), "is_served": True, "dropped": (3,)}
+    schedule = LayerSchedule((LayerRole.DENSE,) * 3 + (LayerRole.DROP,))
+    served = {
+        "method": method,
+        "config": method.config_cls(),
+        "is_served": True,
+        "schedule": schedule,
+    }
     monkeypatch.setattr(selection, "_active", served)
     selection.check_request({"budget_tokens": 512}, "cpu")
     with pytest.raises(VLLMValidationError, match=r"drops layers \[3\]"):

@@ -17,7 +17,7 @@ from attn_backends.batch import PagedBatch
 from attn_backends.budget import BudgetConfig, BudgetSelector
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
-from attn_backends.plan import DecodePlan, LayerRole, Window
+from attn_backends.plan import DecodePlan, LayerRole, LayerSchedule, Window
 from vllm_ext.platforms import selection
 
 CPU = torch.device("cpu")
@@ -120,12 +120,13 @@ def test_off_is_refused_where_a_window_holds_for_everyone(monkeypatch: Any) -> N
     method = load_method("TIDAL_DECODE")
     policy = {"presets": {"deep": {"budget_tokens": 2048}}}
     config = parse_config(method.config_cls, {"policy": policy}, method.name)
-    served = {"method": method, "config": config, "is_served": True, "has_windows": True}
+    windowed = LayerSchedule((LayerRole.SELECTED,), windows={0: Window(64, 512)})
+    served = {"method": method, "config": config, "is_served": True, "schedule": windowed}
     monkeypatch.setattr(selection, "_active", served)
     selection.check_request({"sparse": "deep"}, "cpu")
     with pytest.raises(VLLMValidationError, match="one of on, off, fast, accurate, deep"):
         selection.check_request({"sparse": "depe"}, "cpu")
     with pytest.raises(VLLMValidationError, match="policy has window layers"):
         selection.check_request({"sparse": "off"}, "cpu")
-    served["has_windows"] = False
+    served["schedule"] = LayerSchedule((LayerRole.DENSE,))
     selection.check_request({"sparse": "off"}, "cpu")
