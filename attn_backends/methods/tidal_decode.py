@@ -82,6 +82,7 @@ class TidalSelector(BudgetSelector):
     def __init__(self, config: TidalConfig, geometry: Geometry, device: torch.device) -> None:
         super().__init__(config, geometry, device)
         self._policy = config.policy
+        self._has_reuse = LayerRole.REUSE in _schedule(config, geometry).roles
         reaches = (window.reach_tokens for window in config.policy.windows)
         self._least_reach_tokens = min(reaches, default=None)
 
@@ -102,6 +103,8 @@ class TidalSelector(BudgetSelector):
 
     def _reason(self, seq_len: int, asked: RowOptions) -> tuple[str, str]:
         path, reason = super()._reason(seq_len, asked)
+        if path == "sparse" and not self._has_reuse:
+            path, reason = "dense", "no_reuse_layers"
         reads_all = path == "dense" or reason == "everything_kept"
         has_gap = self._least_reach_tokens is not None and seq_len > self._least_reach_tokens
         # Not dense while some layer reads its window only.

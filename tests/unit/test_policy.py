@@ -277,10 +277,15 @@ def test_rows_are_counted_by_what_they_read() -> None:
         ("sparse", "everything_kept"): 1,
         ("sparse", "selected"): 1,
     }
-    assert reasons([{"layers": 2, **WINDOW}]) == {
+    assert reasons([{"layers": 3, **WINDOW}]) == {
         ("dense", "short_context"): 1,
         ("sparse", "window_layers"): 3,
         ("sparse", "selected"): 1,
+    }
+    # Where no layer reads a selection, no row is counted as if one did.
+    assert reasons([{"layers": "0-5", "role": "dense"}]) == {
+        ("dense", "short_context"): 3,
+        ("dense", "no_reuse_layers"): 2,
     }
 
 
