@@ -44,6 +44,23 @@ class PagedBatch:
             max_seq_len=self.max_seq_len,
         )
 
+    def decode_rows(self, rows: torch.Tensor) -> PagedBatch:
+        """Some rows of a batch of decode rows (one query token each), in the order given.
+
+        Args:
+            rows: ``[n]`` int64.
+        """
+        num_rows = len(rows)
+        return PagedBatch(
+            query_start_loc=self.query_start_loc[: num_rows + 1],
+            seq_lens=self.seq_lens[rows],
+            block_table=self.block_table[rows],
+            num_reqs=num_rows,
+            num_tokens=num_rows,
+            max_query_len=self.max_query_len,
+            max_seq_len=self.max_seq_len,
+        )
+
 
 @dataclass(frozen=True)
 class SpanRule:

@@ -32,9 +32,11 @@ class BudgetConfig(MethodConfig):
         sink_tokens: first tokens that are always read.
         recent_tokens: last tokens that are always read; at least the current block is.
         min_context_tokens: rows up to this length are served dense, and counted so.
-        recall_floor: a request whose selections cover less than this share of the anchors'
-            attention gets twice its budget, then is served dense; 0 to 1, 0 guards nothing.
-        guard_steps: decode steps in a row below the floor before that happens, twice.
+        recall_floor: a request whose reuse layers are given less than this share of their
+            attention mass gets twice its budget, then is served dense (recall.py); 0 to 1,
+            0 guards nothing.
+        guard_patience: checks in a row below the floor before that happens, twice.
+        guard_interval_steps: decode steps between checks; each reads what a dense step reads.
         audit_share: share of the decode steps that are computed densely as well, to measure the
             divergence (adapter/audit.py); 0 to 1.
 
@@ -48,7 +50,8 @@ class BudgetConfig(MethodConfig):
     recent_tokens: int = 64
     min_context_tokens: int = 1024
     recall_floor: float = 0.0
-    guard_steps: int = 4
+    guard_patience: int = 1
+    guard_interval_steps: int = 64
     audit_share: float = 0.0
 
     def __post_init__(self) -> None:
@@ -65,10 +68,9 @@ class BudgetConfig(MethodConfig):
                 raise ConfigError(
                     f"vllm_ext.{field} is {getattr(self, field)}; it must be between 0 and 1"
                 )
-        if self.guard_steps < 1:
-            raise ConfigError(
-                f"vllm_ext.guard_steps is {self.guard_steps}; it must be at least 1 step"
-            )
+        for field in ("guard_patience", "guard_interval_steps"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"vllm_ext.{field} is {getattr(self, field)}; at least 1 works")
         forced_tokens = self.sink_tokens + self.recent_tokens
         if self.budget_tokens < forced_tokens:
             raise ConfigError(
@@ -97,7 +99,13 @@ class BudgetSelector:
         self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self._mass = torch.zeros(shape, dtype=torch.float32, device=device)
         self._budgets = torch.zeros(shape[0], dtype=torch.int32, device=device)
-        self.watch = RecallWatch(config.recall_floor, config.guard_steps, shape[0], device)
+        self.watch = RecallWatch(
+            config.recall_floor,
+            config.guard_patience,
+            config.guard_interval_steps,
+            shape[0],
+            device,
+        )
 
     def select(self, batch: PagedBatch) -> BlockSelection:
         """See ``Selector.select``: the buffers that anchors will fill."""

@@ -97,6 +97,14 @@ class AnchorState:
 
 
 @dataclass(frozen=True)
+class CheckedRows:
+    """Decode rows that are checked in this step (recall.py)."""
+
+    rows: torch.Tensor  # [num_checked] int64
+    batch: PagedBatch  # these rows alone
+
+
+@dataclass(frozen=True)
 class DecodePlan:
     """Everything the layers of one step share.
 
@@ -117,3 +125,5 @@ class DecodePlan:
     head_maps: dict[str, torch.Tensor]  # of REUSE layers that need one: [num_kv_heads] int64
     inheriting: frozenset[str]  # anchors with another one before them
     selecting_rows: list[int]  # decode rows that leave something out
+    checked: CheckedRows | None  # rows whose REUSE layers measure their recall
+    num_reuse_layers: int  # of all KV groups

@@ -1,7 +1,7 @@
 """How much attention mass a selection covers, and what to do when it is too little.
 
 Anchor layers see all keys, so the share of their mass that a selection covers is known
-exactly, twice per anchor:
+exactly and for nothing, twice per anchor:
 
 *own*
     what the anchor has just selected: low where attention is too flat for the budget;
@@ -10,8 +10,16 @@ exactly, twice per anchor:
     layers follow an anchor that looks elsewhere. A head of this anchor is compared with the
     head before that covers it best, since head maps may cross.
 
-Nothing is estimated and no key is read for it. What neither sees: a layer between two anchors
-that attends to something else than both. The shadow audit (adapter/audit.py) sees that.
+Neither sees a layer between two anchors that attends to something else than both, and that is
+how a bad profile fails: on the demo model, anchors that lose every needle have better figures of
+both kinds than the calibrated ones. Therefore, where a guard is asked for, some decode steps of
+every request are *checked*: reuse layers also score all keys, and
+
+*served*
+    is the share of their own mass that the selection they were given covers, the mean over
+    those layers.
+
+Checks change no output, and depend on the request alone and not on its neighbours.
 """
 
 from __future__ import annotations
@@ -23,7 +31,8 @@ import torch
 
 from attn_backends.batch import BlockSelection, RowOptions
 
-KINDS = ("own", "inherited")
+KINDS = ("own", "inherited", "served")
+SERVED = KINDS.index("served")
 BOUNDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)  # of the histogram
 EMA_WEIGHT = 0.05  # of a new step in the exported moving average
 RAISED_FACTOR = 2.0  # on the budget, before a request is served dense
@@ -63,38 +72,46 @@ def inherited_recall(block_mass: torch.Tensor, selection: BlockSelection) -> tor
 class _Request:
     """What the guard knows of one request."""
 
-    low_steps: int = 0  # in a row
+    steps: int = 0  # sparse decode steps so far
+    low_checks: int = 0  # in a row
     level: int = 0  # 0: as asked for, 1: budget raised, 2: dense
 
 
 class RecallWatch:
     """Collects the recall of every decode row, and guards requests that stay below a floor.
 
-    Anchors write into ``recall``; ``begin_step`` reads what the step before left there. A
-    request below the floor for ``patience_steps`` steps in a row gets twice its budget, and
-    after as many more is served dense until it ends: that is never undone, since a dense row
-    no longer shows what its selection would have covered.
+    Layers write into ``recall``; ``begin_step`` reads what the step before left there. A
+    request whose served recall is below the floor in ``patience`` checks in a row gets twice its
+    budget, and after as many more is served dense until it ends: that is never undone, since a
+    dense row no longer shows what its selection would have covered. The first sparse step of a
+    request is checked, then every ``interval_steps``-th, and every step after a low one.
 
     Args:
-        floor: least recall, 0 to 1; 0 guards nothing.
-        patience_steps: steps in a row below the floor before the guard acts.
+        floor: least served recall, 0 to 1; 0 checks and guards nothing.
+        patience: checks in a row below the floor before the guard acts.
+        interval_steps: decode steps from one check to the next while all is well.
         max_num_reqs: rows of the buffer.
         device: of the buffer.
     """
 
     def __init__(
-        self, floor: float, patience_steps: int, max_num_reqs: int, device: torch.device
+        self,
+        floor: float,
+        patience: int,
+        interval_steps: int,
+        max_num_reqs: int,
+        device: torch.device,
     ) -> None:
         self.recall = torch.ones(max_num_reqs, len(KINDS), device=device)
         self.ema: dict[str, float] = {}
         self.histograms = {kind: [0] * (len(BOUNDS) + 1) for kind in KINDS}
         self.sums = dict.fromkeys(KINDS, 0.0)
         self.actions = {"raised": 0, "dense": 0}  # requests, so far
-        self._floor, self._patience_steps = floor, patience_steps
+        self._floor, self._patience, self._interval_steps = floor, patience, interval_steps
         self._requests: dict[str, _Request] = {}
         self._step = -1
-        self._rows: list[str] = []  # ids of the rows of the step before that were sparse
-        self._indices: list[int] = []
+        self._sparse: dict[int, str] = {}  # this step's sparse rows and their request ids
+        self._checked: list[int] | None = None  # those that are checked; None: not yet chosen
 
     def begin_step(self, step: int, row_ids: Sequence[str | None]) -> bool:
         """Takes in the step before; called again in the same step (by another KV group) it
@@ -110,35 +127,55 @@ class RecallWatch:
         if step == self._step:
             return False
         self._step = step
-        if self._indices:
-            self._take_in(self.recall[self._indices].tolist())
-        self._rows, self._indices = [], []
+        if self._sparse:
+            self._take_in(self.recall[list(self._sparse)].tolist())
+        self._sparse, self._checked = {}, None
         self.recall[: len(row_ids)].fill_(1.0)
+        self.recall[: len(row_ids), SERVED].zero_()
         return True
 
-    def expect(self, row_ids: Sequence[str | None], sparse_rows: Iterable[int]) -> None:
-        """Which rows of this step are sparse: only their recall counts."""
-        self._indices = [row for row in sparse_rows if row_ids[row] is not None]
-        self._rows = [str(row_ids[row]) for row in self._indices]
+    def expect(self, row_ids: Sequence[str | None], sparse_rows: Iterable[int]) -> list[int]:
+        """Which rows of this step are sparse: only their recall counts.
+
+        Returns:
+            Those that reuse layers must check; the same for every call in a step.
+        """
+        if self._checked is None:
+            ids = ((row, row_ids[row]) for row in sparse_rows if row < len(row_ids))
+            self._sparse = {row: name for row, name in ids if name is not None}
+            self._checked = [row for row, name in self._sparse.items() if self._is_due(name)]
+        return self._checked
+
+    def _is_due(self, request_id: str) -> bool:
+        if not self._floor:
+            return False
+        state = self._requests.setdefault(request_id, _Request())
+        state.steps += 1
+        return bool(state.low_checks) or (state.steps - 1) % self._interval_steps == 0
 
     def _take_in(self, recalls: list[list[float]]) -> None:
-        for request_id, row in zip(self._rows, recalls, strict=True):
-            for kind, value in zip(KINDS, row, strict=True):
-                self.sums[kind] += value
-                place = next((i for i, bound in enumerate(BOUNDS) if value <= bound), len(BOUNDS))
-                self.histograms[kind][place] += 1
-                last = self.ema.get(kind, value)
-                self.ema[kind] = last + EMA_WEIGHT * (value - last)
-            self._guard(request_id, min(row))
+        for (row, request_id), values in zip(self._sparse.items(), recalls, strict=True):
+            is_checked = row in (self._checked or ())
+            for kind, value in zip(KINDS, values, strict=True):
+                if kind != KINDS[SERVED] or is_checked:
+                    self._count(kind, value)
+            if is_checked:
+                self._guard(self._requests[request_id], values[SERVED])
 
-    def _guard(self, request_id: str, recall: float) -> None:
-        if not self._floor:
-            return
-        state = self._requests.setdefault(request_id, _Request())
-        state.low_steps = state.low_steps + 1 if recall < self._floor else 0
-        if state.low_steps >= self._patience_steps and state.level < 2:
-            state.low_steps = 0
+    def _count(self, kind: str, value: float) -> None:
+        self.sums[kind] += value
+        place = next((i for i, bound in enumerate(BOUNDS) if value <= bound), len(BOUNDS))
+        self.histograms[kind][place] += 1
+        last = self.ema.get(kind, value)
+        self.ema[kind] = last + EMA_WEIGHT * (value - last)
+
+    def _guard(self, state: _Request, served: float) -> None:
+        state.low_checks = state.low_checks + 1 if served < self._floor else 0
+        if state.low_checks >= self._patience and state.level < 2:
             state.level += 1
+            # The raised budget is checked at once; a dense request never again.
+            state.low_checks = 0
+            state.steps = 0
             self.actions["raised" if state.level == 1 else "dense"] += 1
 
     def guarded(

@@ -12,8 +12,9 @@ ROWS_HELP = "Decode rows served, by method, path (sparse or dense) and reason."
 RATIO = "vllm_ext:activation_ratio"
 RECALL = "vllm_ext:selection_recall"
 RECALL_HELP = (
-    "Attention mass that selections cover, of the worst anchor of a step; moving average. own: by "
-    "what the anchor selected, inherited: by what the layers before it were reading."
+    "Attention mass that selections cover, moving average over rows. own: the worst anchor's own "
+    "selection; inherited: the one before, at the worst anchor; served: the mean over reuse "
+    "layers, of checked rows."
 )
 RECALL_HISTOGRAM = "vllm_ext:selection_recall_hist"
 RECALL_HISTOGRAM_HELP = "Attention mass that selections cover, per sparse decode row."

@@ -13,7 +13,7 @@ from attn_backends.batch import BlockSelection
 from attn_backends.config import ConfigError
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.plan import DecodePlan, LayerRole
-from attn_backends.recall import inherited_recall, own_recall
+from attn_backends.recall import SERVED, inherited_recall, own_recall
 from kvcache.layout import PagedKVLayout, kv_views
 
 
@@ -154,7 +154,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             assert plan.anchor is not None
             anchor = plan.anchor
             ops.anchor_decode.run(query, *views, decode, self.scale, out, anchor.block_mass)
-            own, inherited = anchor.recall.unbind(1)
+            own, inherited, _ = anchor.recall.unbind(1)
             if layer_name in plan.inheriting:
                 before = inherited_recall(anchor.block_mass, selection)
                 torch.minimum(inherited, before, out=inherited)
@@ -175,7 +175,31 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             selection = BlockSelection(
                 selection.logical_blocks[:, head_map], selection.counts[:, head_map]
             )
+        if role is LayerRole.REUSE and plan.checked is not None:
+            self._check(plan, ops, query, views, selection)
         ops.sparse_decode.run(query, *views, decode, selection, plan.decode_rule, self.scale, out)
+
+    def _check(
+        self,
+        plan: DecodePlan,
+        ops: Ops,
+        query: torch.Tensor,
+        views: tuple[torch.Tensor, torch.Tensor],
+        selection: BlockSelection,
+    ) -> None:
+        """Adds to the checked rows' served recall; the layer's output is not touched."""
+        assert plan.checked is not None
+        assert plan.anchor is not None
+        rows = plan.checked.rows
+        # The last anchor's masses have been used: their memory holds this layer's.
+        mass = plan.anchor.block_mass[: len(rows)]
+        asked = query[rows]
+        ops.anchor_decode.run(
+            asked, *views, plan.checked.batch, self.scale, torch.empty_like(asked), mass
+        )
+        given = BlockSelection(selection.logical_blocks[rows], selection.counts[rows])
+        served = own_recall(mass, given) / plan.num_reuse_layers
+        plan.anchor.recall[:, SERVED].index_add_(0, rows, served)
 
 
 def _configured_kernel() -> str:

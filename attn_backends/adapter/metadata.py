@@ -29,7 +29,7 @@ from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
 from attn_backends.method import SparseMethod
 from attn_backends.ops.dispatch import OpContext
-from attn_backends.plan import DecodePlan, LayerRole
+from attn_backends.plan import CheckedRows, DecodePlan, LayerRole
 from kvcache.layout import PagedKVLayout
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             if index in schedule.head_maps
         }
         anchors = [i for i, role in enumerate(schedule.roles) if role is LayerRole.ANCHOR]
+        self._num_reuse_layers = schedule.roles.count(LayerRole.REUSE)
         self._inheriting = frozenset(n for n, i in indices.items() if i in anchors[1:])
         self._selector = (
             shared_selector(
@@ -145,41 +146,56 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
         )
-        decode = prefill = selection = anchor = decode_rule = prefill_rule = None
-        decodes_densely = False
-        selecting_rows: list[int] = []
-        if num_decodes:
-            decode = batch.rows(0, num_decodes, 0, num_decode_tokens)
-            selection = self._selector.select(decode)
-            options = self._options(num_decodes)
-            anchor = self._selector.anchor_state(decode, options)
-            decode_rule = self._selector.span_rule(num_decodes)
-            reasons = self._reasons(common, num_decodes, options)
-            decodes_densely = all(path == "dense" for path, _ in reasons)
-            selecting_rows = [row for row, reason in enumerate(reasons) if reason in SELECTING]
-            if self._selector.watch is not None:
-                self._selector.watch.expect(BOOK.ids_of_rows(num_decodes), selecting_rows)
-            if self._counters is not None:
-                self._counters.add(Counter(reasons))
+        prefill = prefill_rule = None
         if num_prefills:
             prefill = batch.rows(num_decodes, batch.num_reqs, num_decode_tokens, batch.num_tokens)
             prefill_rule = self._selector.span_rule(num_prefills)
         plan = DecodePlan(
             num_tokens=batch.num_tokens,
             num_decode_tokens=num_decode_tokens,
-            decode=decode,
+            decode=None,
             prefill=prefill,
-            selection=selection,
-            anchor=anchor,
-            decode_rule=decode_rule,
+            selection=None,
+            anchor=None,
+            decode_rule=None,
             prefill_rule=prefill_rule,
-            decodes_densely=decodes_densely,
+            decodes_densely=False,
             roles=self._roles,
             head_maps=self._head_maps,
             inheriting=self._inheriting,
-            selecting_rows=selecting_rows,
+            selecting_rows=[],
+            checked=None,
+            num_reuse_layers=self._num_reuse_layers,
         )
+        if num_decodes:
+            decode = batch.rows(0, num_decodes, 0, num_decode_tokens)
+            plan = self._with_decode(plan, decode, common.seq_lens_cpu_upper_bound)
         return ExtMetadata(plan, self._ops, self._windows.of_step(plan), self._window_ops)
+
+    def _with_decode(
+        self, plan: DecodePlan, decode: PagedBatch, seq_lens_cpu: torch.Tensor | None
+    ) -> DecodePlan:
+        """The plan with its decode rows, which are counted and watched here."""
+        num_rows = decode.num_reqs
+        selection = self._selector.select(decode)
+        options = self._options(num_rows)
+        if seq_lens_cpu is None:
+            reasons = [("sparse", "unknown_length")] * num_rows
+        else:
+            reasons = self._selector.row_reasons(seq_lens_cpu[:num_rows], options)
+        selecting_rows = [row for row, reason in enumerate(reasons) if reason in SELECTING]
+        if self._counters is not None:
+            self._counters.add(Counter(reasons))
+        return replace(
+            plan,
+            decode=decode,
+            selection=selection,
+            anchor=self._selector.anchor_state(decode, options),
+            decode_rule=self._selector.span_rule(num_rows),
+            decodes_densely=all(path == "dense" for path, _ in reasons),
+            selecting_rows=selecting_rows,
+            checked=self._checked(decode, selecting_rows),
+        )
 
     def _options(self, num_decodes: int) -> dict[int, RowOptions]:
         """What the rows' requests asked for, as far as the recall guard lets them."""
@@ -189,18 +205,20 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             return options
         row_ids = BOOK.ids_of_rows(num_decodes)
         if watch.begin_step(BOOK.step, row_ids):
-            watch.forget(BOOK.finished_ids)
+            watch.forget(BOOK.take_finished())
             if self._counters is not None:
                 self._counters.show_recall(watch)
         return watch.guarded(row_ids, options)
 
-    def _reasons(
-        self, common: CommonAttentionMetadata, num_decodes: int, options: dict[int, RowOptions]
-    ) -> list[tuple[str, str]]:
-        seq_lens_cpu = common.seq_lens_cpu_upper_bound
-        if seq_lens_cpu is None:
-            return [("sparse", "unknown_length")] * num_decodes
-        return self._selector.row_reasons(seq_lens_cpu[:num_decodes], options)
+    def _checked(self, decode: PagedBatch, selecting_rows: list[int]) -> CheckedRows | None:
+        watch = self._selector.watch
+        if watch is None:
+            return None
+        due = watch.expect(BOOK.ids_of_rows(decode.num_reqs), selecting_rows)
+        if not due:
+            return None
+        rows = torch.tensor(due, device=decode.seq_lens.device)
+        return CheckedRows(rows, decode.decode_rows(rows))
 
 
 def op_context(

@@ -91,15 +91,15 @@ class RequestBook:
     def __init__(self) -> None:
         self._by_id: dict[str, RowOptions] = {}
         self.step = 0  # of this worker; tells the builders of several KV groups apart from steps
-        self.finished_ids: list[str] = []  # before this step
+        self._finished_ids: list[str] = []  # since they were last taken
         self.presets: Mapping[str, RowOptions] = PRESETS
         self.row_ids: Callable[[], Sequence[str | None]] = lambda: ()
 
     def update(self, scheduler_output: SchedulerOutput) -> None:
         """Takes note of new requests and forgets finished ones; preempted ones stay."""
         self.step += 1
-        self.finished_ids = list(scheduler_output.finished_req_ids)
-        for request_id in self.finished_ids:
+        self._finished_ids += scheduler_output.finished_req_ids
+        for request_id in scheduler_output.finished_req_ids:
             self._by_id.pop(request_id, None)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
@@ -113,6 +113,11 @@ class RequestBook:
             return {}
         ids = self.ids_of_rows(num_rows)
         return {row: self._by_id[i] for row, i in enumerate(ids) if i in self._by_id}
+
+    def take_finished(self) -> list[str]:
+        """Requests that ended since this was last asked."""
+        taken, self._finished_ids = self._finished_ids, []
+        return taken
 
     def ids_of_rows(self, num_rows: int) -> Sequence[str | None]:
         """Request ids of the first rows; empty where the worker does not tell them (GPUs)."""

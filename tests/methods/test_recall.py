@@ -30,17 +30,23 @@ def test_inherited_recall_takes_the_best_head_before() -> None:
     assert inherited_recall(MASS, crossed).tolist() == pytest.approx([(0.8 + 0.75) / 2])
 
 
-def _watch(floor: float, patience_steps: int = 2) -> RecallWatch:
-    return RecallWatch(floor, patience_steps, 4, torch.device("cpu"))
+def _watch(floor: float, patience: int = 2, interval_steps: int = 1) -> RecallWatch:
+    return RecallWatch(floor, patience, interval_steps, 4, torch.device("cpu"))
 
 
-def _step(watch: RecallWatch, step: int, recalls: dict[str, float]) -> None:
-    """One step in which every row is sparse and has these recalls."""
+def _step(watch: RecallWatch, step: int, recalls: dict[str, float]) -> list[int]:
+    """One step in which every row is sparse and has these recalls of all kinds.
+
+    Returns:
+        The rows that were checked.
+    """
     ids = list(recalls)
     assert watch.begin_step(step, ids)
     assert not watch.begin_step(step, ids), "a second KV group took the step before in twice"
-    watch.expect(ids, range(len(ids)))
-    watch.recall[: len(ids), 0] = torch.tensor(list(recalls.values()))
+    checked = watch.expect(ids, range(len(ids)))
+    assert watch.expect(ids, range(len(ids))) == checked, "a second KV group counted a step twice"
+    watch.recall[: len(ids)] = torch.tensor(list(recalls.values()))[:, None]
+    return checked
 
 
 def test_the_guard_raises_then_serves_dense_and_follows_the_request() -> None:
@@ -57,7 +63,7 @@ def test_the_guard_raises_then_serves_dense_and_follows_the_request() -> None:
     assert watch.guarded(["low"], {}) == {}
 
 
-def test_patience_counts_steps_in_a_row() -> None:
+def test_patience_counts_checks_in_a_row() -> None:
     watch = _watch(0.8)
     for step, recall in enumerate((0.5, 0.9, 0.5, 0.9, 0.5)):
         _step(watch, step, {"a": recall})
@@ -65,8 +71,19 @@ def test_patience_counts_steps_in_a_row() -> None:
     assert watch.guarded(["a"], {}) == {}
 
 
+def test_checks_come_at_first_then_in_intervals_and_again_after_a_low_one() -> None:
+    watch = _watch(0.8, patience=2, interval_steps=4)
+    recalls = [0.9] * 4 + [0.5, 0.9, 0.9, 0.9, 0.9]
+    checked = [step for step, recall in enumerate(recalls) if _step(watch, step, {"a": recall})]
+    assert checked == [0, 4, 5, 8]
+    # A neighbour changes nothing.
+    together = _watch(0.8, patience=2, interval_steps=4)
+    rows = [_step(together, s, {"b": 0.9, "a": r}) for s, r in enumerate(recalls)]
+    assert [step for step, due in enumerate(rows) if 1 in due] == checked
+
+
 def test_a_raised_budget_starts_from_what_the_request_asked_for() -> None:
-    watch = _watch(0.8, patience_steps=1)
+    watch = _watch(0.8, patience=1)
     _step(watch, 1, {"a": 0.1})
     watch.begin_step(2, ["a"])
     asked = {0: RowOptions(budget_tokens=256)}
@@ -74,21 +91,24 @@ def test_a_raised_budget_starts_from_what_the_request_asked_for() -> None:
 
 
 def test_without_a_floor_recall_is_only_watched() -> None:
-    watch = _watch(0.0, patience_steps=1)
+    watch = _watch(0.0, patience=1)
     for step, recall in enumerate((0.1, 0.96, 0.96)):
-        _step(watch, step, {"a": recall})
+        assert _step(watch, step, {"a": recall}) == []
     assert watch.guarded(["a"], {}) == {}
     assert watch.sums["own"] == pytest.approx(1.06)
+    assert watch.sums["served"] == 0
     counts = dict(zip(BOUNDS, watch.histograms["own"], strict=False))
     assert (counts[0.5], counts[0.975]) == (1, 1)
     assert 0.1 < watch.ema["own"] < 0.96
 
 
-def test_rows_that_are_not_sparse_do_not_count() -> None:
-    watch = _watch(0.8, patience_steps=1)
+def test_rows_that_are_not_sparse_or_not_known_do_not_count() -> None:
+    watch = _watch(0.8, patience=1)
     watch.begin_step(1, ["dense", "sparse"])
-    watch.expect(["dense", "sparse"], [1])
-    watch.recall[0, 0] = 0.0
-    watch.begin_step(2, ["dense", "sparse"])
+    assert watch.expect(["dense", "sparse"], [1]) == [1]
+    watch.recall[0] = 0.0
+    watch.recall[1] = 0.9
+    watch.begin_step(2, [])
     assert sum(watch.histograms["own"]) == 1
     assert watch.guarded(["dense", "sparse"], {}) == {}
+    assert watch.expect([], [0, 1]) == []  # a worker that does not tell ids (GPU)

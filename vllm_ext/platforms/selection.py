@@ -10,6 +10,7 @@ from attn_backends.adapter.checks import check_method, refuse, unsupported_reaso
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.requests import parse_options
 from attn_backends.budget import BudgetConfig
+from attn_backends.config import ConfigError
 from attn_backends.methods import load_method
 from vllm_ext import metrics
 
@@ -56,6 +57,12 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
             "; ".join(reasons),
         )
     check_method(config, cache.block_size)
+    for field in ("recall_floor", "audit_share"):
+        if device_type != "cpu" and getattr(config, field, 0.0):
+            raise ConfigError(
+                f"vllm_ext.{field} is {getattr(config, field)}, but it is only tested on CPUs; "
+                "set it to 0 on a GPU"
+            )
     schedule = None
     if vllm_config.model_config is not None and not reasons:
         # Asked for here already: a bad profile or policy must not wait for workers.
