@@ -58,7 +58,7 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
         )
     check_method(config, cache.block_size)
     for field in ("recall_floor", "audit_share"):
-        if device_type != "cpu" and getattr(config, field, 0.0):
+        if device_type != "cpu" and getattr(config, field, False):
             raise ConfigError(
                 f"vllm_ext.{field} is {getattr(config, field)}, but it is only tested on CPUs; "
                 "set it to 0 on a GPU"
