@@ -32,9 +32,9 @@ class BudgetConfig(MethodConfig):
         sink_tokens: first tokens that are always read.
         recent_tokens: last tokens that are always read; at least the current block is.
         min_context_tokens: rows up to this length are served dense, and counted so.
-        recall_floor: a request whose reuse layers are given less than this share of their
-            attention mass gets twice its budget, then is served dense (recall.py); 0 to 1,
-            0 guards nothing.
+        recall_floor: a request of which a head in a reuse layer is given less than this share
+            of what its own choice would cover gets twice its budget, then is served dense
+            (recall.py); 0 to 1, 0 guards nothing.
         guard_patience: checks in a row below the floor before that happens, twice.
         guard_interval_steps: decode steps between checks; each reads what a dense step reads.
         audit_share: share of the decode steps that are computed densely as well, to measure the

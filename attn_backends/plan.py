@@ -93,7 +93,7 @@ class AnchorState:
     budget_blocks: torch.Tensor  # [num_reqs] int32
     sink_blocks: int
     recent_blocks: int
-    recall: torch.Tensor  # [num_reqs, 2] fp32, least own and inherited recall so far (recall.py)
+    recall: torch.Tensor  # [num_reqs, 3] fp32, least recall of each kind so far (recall.py)
 
 
 @dataclass(frozen=True)
@@ -126,4 +126,3 @@ class DecodePlan:
     inheriting: frozenset[str]  # anchors with another one before them
     selecting_rows: list[int]  # decode rows that leave something out
     checked: CheckedRows | None  # rows whose REUSE layers measure their recall
-    num_reuse_layers: int  # of all KV groups

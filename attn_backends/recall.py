@@ -16,8 +16,10 @@ both kinds than the calibrated ones. Therefore, where a guard is asked for, some
 every request are *checked*: reuse layers also score all keys, and
 
 *served*
-    is the share of their own mass that the selection they were given covers, the mean over
-    those layers.
+    is what the selection they were given covers, relative to what their own choice within the
+    same budget would have covered, of the worst head in the worst layer. (Not the covered mass
+    itself: sinks and recent tokens dominate it, and it falls as little for a lost needle as for
+    flat attention. The ratio is Kascade's similarity, arXiv 2512.16391, at run time.)
 
 Checks change no output, and depend on the request alone and not on its neighbours.
 """
@@ -48,9 +50,7 @@ def own_recall(block_mass: torch.Tensor, selection: BlockSelection) -> torch.Ten
     Returns:
         ``[num_reqs]`` fp32, 0 to 1.
     """
-    chosen = selection.logical_blocks
-    covered = block_mass.gather(2, chosen.clamp_min(0).long()).masked_fill_(chosen < 0, 0.0)
-    return (covered.sum(2) / block_mass.sum(2)).mean(1)
+    return (_covered(block_mass, selection) / block_mass.sum(2)).mean(1)
 
 
 def inherited_recall(block_mass: torch.Tensor, selection: BlockSelection) -> torch.Tensor:
@@ -66,6 +66,29 @@ def inherited_recall(block_mass: torch.Tensor, selection: BlockSelection) -> tor
     covered = mass.gather(3, chosen.clamp_min(0).long().expand(shape))
     covered = covered.masked_fill_(chosen < 0, 0.0).sum(3).amax(2)
     return (covered / block_mass.sum(2)).mean(1)
+
+
+def served_recall(
+    block_mass: torch.Tensor, given: BlockSelection, best: BlockSelection
+) -> torch.Tensor:
+    """Mass that ``given`` covers over mass that ``best`` covers, of the worst KV head.
+
+    Args:
+        block_mass: ``[num_reqs, num_kv_heads, max_blocks]`` of a reuse layer.
+        given: the selection that the layer reads.
+        best: its own choice within the same budget.
+
+    Returns:
+        ``[num_reqs]`` fp32, 0 to 1.
+    """
+    return (_covered(block_mass, given) / _covered(block_mass, best)).amin(1)
+
+
+def _covered(block_mass: torch.Tensor, selection: BlockSelection) -> torch.Tensor:
+    """``[num_reqs, num_kv_heads]``: mass of the selected blocks."""
+    chosen = selection.logical_blocks
+    covered = block_mass.gather(2, chosen.clamp_min(0).long())
+    return covered.masked_fill_(chosen < 0, 0.0).sum(2)
 
 
 @dataclass
@@ -131,7 +154,6 @@ class RecallWatch:
             self._take_in(self.recall[list(self._sparse)].tolist())
         self._sparse, self._checked = {}, None
         self.recall[: len(row_ids)].fill_(1.0)
-        self.recall[: len(row_ids), SERVED].zero_()
         return True
 
     def expect(self, row_ids: Sequence[str | None], sparse_rows: Iterable[int]) -> list[int]:

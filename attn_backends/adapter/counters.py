@@ -13,8 +13,8 @@ RATIO = "vllm_ext:activation_ratio"
 RECALL = "vllm_ext:selection_recall"
 RECALL_HELP = (
     "Attention mass that selections cover, moving average over rows. own: the worst anchor's own "
-    "selection; inherited: the one before, at the worst anchor; served: the mean over reuse "
-    "layers, of checked rows."
+    "selection; inherited: the one before, at the worst anchor; served: relative to the "
+    "best choice, of the worst head of all reuse layers, of checked rows."
 )
 RECALL_HISTOGRAM = "vllm_ext:selection_recall_hist"
 RECALL_HISTOGRAM_HELP = "Attention mass that selections cover, per sparse decode row."

@@ -13,7 +13,7 @@ from attn_backends.batch import BlockSelection
 from attn_backends.config import ConfigError
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.plan import DecodePlan, LayerRole
-from attn_backends.recall import SERVED, inherited_recall, own_recall
+from attn_backends.recall import SERVED, inherited_recall, own_recall, served_recall
 from kvcache.layout import PagedKVLayout, kv_views
 
 
@@ -198,8 +198,20 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             asked, *views, plan.checked.batch, self.scale, torch.empty_like(asked), mass
         )
         given = BlockSelection(selection.logical_blocks[rows], selection.counts[rows])
-        served = own_recall(mass, given) / plan.num_reuse_layers
-        plan.anchor.recall[:, SERVED].index_add_(0, rows, served)
+        best = BlockSelection(
+            torch.empty_like(given.logical_blocks), torch.empty_like(given.counts)
+        )
+        ops.block_topk.run(
+            mass,
+            plan.checked.batch.seq_lens,
+            views[0].shape[2],
+            plan.anchor.budget_blocks[rows],
+            plan.anchor.sink_blocks,
+            plan.anchor.recent_blocks,
+            best,
+        )
+        served = plan.anchor.recall[:, SERVED]
+        served[rows] = torch.minimum(served[rows], served_recall(mass, given, best))
 
 
 def _configured_kernel() -> str:

@@ -97,7 +97,6 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             if index in schedule.head_maps
         }
         anchors = [i for i, role in enumerate(schedule.roles) if role is LayerRole.ANCHOR]
-        self._num_reuse_layers = schedule.roles.count(LayerRole.REUSE)
         self._inheriting = frozenset(n for n, i in indices.items() if i in anchors[1:])
         self._selector = (
             shared_selector(
@@ -165,7 +164,6 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             inheriting=self._inheriting,
             selecting_rows=[],
             checked=None,
-            num_reuse_layers=self._num_reuse_layers,
         )
         if num_decodes:
             decode = batch.rows(0, num_decodes, 0, num_decode_tokens)

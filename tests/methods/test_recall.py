@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from attn_backends.batch import BlockSelection, RowOptions
-from attn_backends.recall import BOUNDS, RecallWatch, inherited_recall, own_recall
+from attn_backends.recall import (
+    BOUNDS,
+    RecallWatch,
+    inherited_recall,
+    own_recall,
+    served_recall,
+)
 
 
 def _selection(blocks: list[list[list[int]]]) -> BlockSelection:
@@ -28,6 +34,13 @@ def test_inherited_recall_takes_the_best_head_before() -> None:
     crossed = _selection([[[3, -1, -1], [0, 1, -1]]])
     assert own_recall(MASS, crossed).tolist() == pytest.approx([(0.0 + 0.125) / 2])
     assert inherited_recall(MASS, crossed).tolist() == pytest.approx([(0.8 + 0.75) / 2])
+
+
+def test_served_recall_is_that_of_the_worst_head_against_its_own_choice() -> None:
+    given = _selection([[[0, 2], [1, 2]]])
+    best = _selection([[[0, 1], [2, 3]]])
+    assert served_recall(MASS, given, best).tolist() == pytest.approx([0.5 / 1.75])
+    assert served_recall(MASS, best, best).tolist() == [1.0]
 
 
 def _watch(floor: float, patience: int = 2, interval_steps: int = 1) -> RecallWatch:
