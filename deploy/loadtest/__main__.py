@@ -259,7 +259,6 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 when a request failed or a cell was not run; 2 for a user error.
     """
     args = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _end)
     try:
         return _run(args)
     except (UserError, ConfigError) as error:
@@ -270,4 +269,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(main())
