@@ -28,7 +28,7 @@ COMING = {
     "vllm_ext:selection_recall_hist_bucket",
     "vllm_ext:selection_recall_hist_sum",
     "vllm_ext:selection_recall_hist_count",
-    "vllm_ext:guard_rows_total",
+    "vllm_ext:guard_requests_total",
     "vllm_ext:audit_rows_total",
     "vllm_ext:audit_kl_sum_total",
     "vllm_ext:audit_agreements_total",
