@@ -8,6 +8,7 @@ python -m deploy.loadtest --url http://127.0.0.1:8000 --workloads mixed --length
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from vllm_ext.errors import UserError
 SMALL_ARMS = [STOCK, "TIDAL_DECODE", "SINK_WINDOW"]
 # The oracle reads everything to know the best choice: it is there for quality, not for speed.
 ALL_ARMS = [STOCK, *(name for name in REGISTRY if name != "ORACLE_TOPK")]
+_STARTED_S = time.monotonic()
 _GRID_DEFAULTS: dict[str, Any] = {
     "workloads": list(grid.WORKLOADS),
     "lengths": [512, 2048, 6000],
@@ -242,7 +244,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _echo(line: str) -> None:
-    print(line, flush=True)
+    print(f"{time.monotonic() - _STARTED_S:5.0f} s  {line}", flush=True)
+
+
+def _end(number: int, _: Any) -> None:
+    """Turns SIGTERM into an orderly end, so that no server of ours is left behind."""
+    sys.exit(128 + number)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -262,4 +269,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(main())
