@@ -35,7 +35,7 @@ class SinkFindings(BaseModel):
     span_tokens: int = Field(ge=1)  # the first tokens, over which ``sink_rate`` is taken
     prompts: int = Field(ge=1)
     sink_rate: list[Share]  # by position: share of query heads that pay it more than epsilon
-    needed_tokens: int = Field(ge=0)  # first tokens up to the last one that is a sink
+    needed_tokens: int = Field(ge=0)  # first tokens up to the last sink of most prompts
     first_mass: dict[int, Share]  # what late queries pay the first n tokens, mean over heads
     # Layers between which secondary sinks were looked for (of most prompts); None: no such stretch.
     norm_peaks: tuple[int, int] | None

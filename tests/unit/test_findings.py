@@ -25,6 +25,7 @@ from vllm_ext.calibration.sinks import (
     norm_peaks,
     off_reason,
     secondary_sinks,
+    summarize,
 )
 from vllm_ext.cli import main
 
@@ -74,15 +75,31 @@ def eager(model: Any, recording: Recording) -> Any:
     return output
 
 
-def test_primary_sinks_are_those_of_the_definition(recording: Recording, eager: Any) -> None:
+def test_importance_is_that_of_the_definition(recording: Recording, eager: Any) -> None:
     assert recording.sinks is not None
-    assert recording.sinks.above.any()
     for layer, weights in enumerate(eager.attentions):
-        for head in range(4):
-            for k in range(16):
-                column = weights[0, head, k:SPAN_TOKENS, k]
-                alpha = float(column.sum()) / (SPAN_TOKENS - k)
-                assert bool(recording.sinks.above[layer, head, k]) == (alpha > EPSILON)
+        for k in range(16):
+            column = weights[0, :, k:SPAN_TOKENS, k]
+            torch.testing.assert_close(
+                recording.sinks.alpha[layer, :, k], column.mean(1), atol=1e-5, rtol=1e-4
+            )
+
+
+def test_a_token_is_a_sink_where_enough_heads_say_so(recording: Recording) -> None:
+    assert recording.sinks is not None
+    alpha = torch.zeros(NUM_LAYERS, 4, 16)
+    alpha[:, :, 0] = 0.9
+    alpha[2, 1, 3] = EPSILON + 0.01  # one head of 16
+    sinks = summarize([PromptSinks(**(vars(recording.sinks) | {"alpha": alpha}))])
+    assert sinks.sink_rate[:5] == [1.0, 0.0, 0.0, 0.0625, 0.0]
+    assert sinks.needed_tokens == 4
+    only_first = alpha.clone()
+    only_first[2, 1, 3] = EPSILON - 0.01
+    prompts = [
+        PromptSinks(**(vars(recording.sinks) | {"alpha": measured}))
+        for measured in (alpha, only_first, only_first)
+    ]
+    assert summarize(prompts).needed_tokens == 1
 
 
 def test_masses_of_late_queries(recording: Recording, eager: Any) -> None:

@@ -112,8 +112,8 @@ def _sinks(profile: Profile) -> list[str]:
     num_heads = len(sinks.head_sink_mass) * profile.num_kv_heads
     positions = range(min(8, len(sinks.sink_rate)))
     lines += [
-        f"First tokens that are sinks (attention above {sinks.epsilon} in 1% of the heads or "
-        f"more): **{sinks.needed_tokens}**.",
+        f"First tokens that are sinks (attention above {sinks.epsilon} in 1% of the heads, in "
+        f"most prompts): **{sinks.needed_tokens}**.",
         "",
         "| position | " + " | ".join(map(str, positions)) + " |",
         "|---|" + "---|" * len(positions),

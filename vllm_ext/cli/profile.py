@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=Path, help="the profile to write, JSON")
     target.add_argument(
-        "--check", type=Path, metavar="PROFILE", help="judge a profile on the prompts of --seed"
+        "--check",
+        type=Path,
+        nargs="+",
+        metavar="PROFILE",
+        help="judge profiles on the prompts of --seed, one line each",
     )
     parser.add_argument("--anchors", type=int, default=6, help="anchor layers (6)")
     parser.add_argument("--budget-tokens", type=int, default=512, help="calibrated for (512)")
@@ -85,7 +90,8 @@ def main(argv: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if args.check is not None:
-        print(verdict_line(f"{args.check.name}, seed {args.seed}", check(args)))
+        for path, verdict in check(args):
+            print(verdict_line(f"{path.name}, seed {args.seed}", verdict), flush=True)
         return 0
     started = time.monotonic()
     state = State(args)
@@ -157,8 +163,12 @@ class Bench:
         self._args = args
         self.probe = Probe(_budget(args.budget_tokens, args.block_size))
         self.model = load_probed_model(args.model, self.probe)
-        if not hasattr(self.model, "model") or not hasattr(self.model.model, "layers"):
-            raise UserError(f"{args.model}: only decoder-only models with model.layers are known")
+        layers = getattr(getattr(self.model, "model", None), "layers", None)
+        if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+            raise UserError(
+                f"{args.model}: only decoder-only models with model.layers, each with a "
+                "self_attn, are known"
+            )
         self._tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
 
     def record(self, seed: int, num_each: int, title: str) -> list[Recording]:
@@ -180,19 +190,23 @@ def _budget(budget_tokens: int, block_size: int) -> Budget:
     return Budget(block_size, -(-budget_tokens // block_size), 1, -(-64 // block_size))
 
 
-def check(args: Any) -> Verdict:
-    """Fidelity of an existing profile on the prompts of ``--seed``; choose another seed than
-    the one it was calibrated with.
+def check(args: Any) -> Iterator[tuple[Path, Verdict]]:
+    """Fidelity of existing profiles on the prompts of ``--seed``; choose another seed than the
+    one they were calibrated with.
 
     Raises:
-        UserError: the profile is another checkpoint's.
+        UserError: a profile is another checkpoint's.
     """
-    profile = load_profile(args.check)
-    if profile.fingerprint != fingerprint(Path(args.model)):
-        raise UserError(f"{args.check} was made for another checkpoint ({profile.model})")
+    schedules = {}
+    for path in args.check:
+        profile = load_profile(path)
+        if profile.fingerprint != fingerprint(Path(args.model)):
+            raise UserError(f"{path} was made for another checkpoint ({profile.model})")
+        schedules[path] = profile.schedule()
     bench = Bench(args)
     recordings = bench.record(args.seed, args.examples, "prompts")
-    return bench.verify(profile.schedule(), recordings)
+    for path, schedule in schedules.items():
+        yield path, bench.verify(schedule, recordings)
 
 
 def calibrate(args: Any, state: State) -> tuple[Profile, torch.Tensor]:
