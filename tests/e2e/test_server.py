@@ -3,75 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
+import re
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tests.e2e.server import COMMAND, KEY, Server, environment, free_port, running_server
+
 pytestmark = pytest.mark.e2e
-
-KEY = "test-key"
-COMMAND = [str(Path(sys.executable).with_name("vllm-ext")), "serve"]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _environment() -> dict[str, str]:
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    env.pop("TRITON_INTERPRET", None)
-    return env
-
-
-class Server:
-    def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.port, self.process, self.log = port, process, log
-
-    def request(self, path: str, body: Any = None, key: str | None = KEY) -> tuple[int, str]:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}")
-        if body is not None:
-            request.data = json.dumps(body).encode()
-            request.add_header("Content-Type", "application/json")
-        if key:
-            request.add_header("Authorization", f"Bearer {key}")
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
 
 
 @pytest.fixture(scope="module")
 def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    port, log = _free_port(), tmp_path_factory.mktemp("server") / "log.txt"
-    # vLLM's flags may stand before the model.
-    argv = [*COMMAND, "--max-num-seqs", "8", model_path, "--attention-backend", "sink_window"]
-    argv += ["--window-tokens", "128"]
-    argv += ["--sink-tokens", "32", "--port", str(port), "--enforce-eager", "--api-key", KEY]
-    argv += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(200 << 20)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(argv, stdout=output, stderr=output, env=_environment())
-    started = time.monotonic()
-    while b"vllm-ext: ready on" not in log.read_bytes():
-        if process.poll() is not None or time.monotonic() - started > 150:
-            process.kill()
-            pytest.fail(f"server did not start:\n{log.read_text()[-4000:]}")
-        time.sleep(0.5)
-    yield Server(port, process, log)
-    process.terminate()
-    process.wait(timeout=60)
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    flags = ["--attention-backend", "sink_window", "--window-tokens", "128"]
+    flags += ["--sink-tokens", "32", "--max-model-len", "2048"]
+    with running_server(
+        model_path, log, *flags, "--kv-cache-memory-bytes", str(200 << 20)
+    ) as running:
+        yield running
 
 
 def test_it_answers_chat_and_completions(server: Server, model_path: str) -> None:
@@ -93,7 +46,7 @@ def test_it_answers_chat_and_completions(server: Server, model_path: str) -> Non
 def test_metrics_count_the_rows(server: Server, model_path: str) -> None:
     body = {"model": model_path, "prompt": "word " * 500, "max_tokens": 8, "ignore_eos": True}
     assert server.request("/v1/completions", body)[0] == 200
-    status, text = server.request("/metrics", key=None)
+    status, text = server.request("/metrics")
     assert status == 200
     lines = [line for line in text.splitlines() if line.startswith("vllm_ext:")]
     selected = next(line for line in lines if 'reason="selected"' in line)
@@ -105,6 +58,59 @@ def test_the_api_key_is_enforced(server: Server, model_path: str) -> None:
     body = {"model": model_path, "prompt": "hello", "max_tokens": 1}
     assert server.request("/v1/completions", body, key=None)[0] == 401
     assert server.request("/v1/completions", body, key="wrong")[0] == 401
+
+
+def test_no_route_but_health_does_anything_without_the_key(server: Server) -> None:
+    logged = re.findall(r"Route: (\S+), Methods: (.+)", server.log.read_text())
+    calls = [(path, method.strip()) for path, names in logged for method in names.split(",")]
+    schema = json.loads(server.request("/openapi.json")[1])["paths"]
+    calls += [(path, method.upper()) for path in schema for method in schema[path]]
+    assert {"/invocations", "/metrics", "/inference/v1/generate"} < {path for path, _ in calls}
+    opened = {
+        path
+        for path, method in calls
+        if server.request(
+            re.sub(r"\{.*?\}", "x", path), b"{}" if method == "POST" else None, None, method
+        )[0]
+        != 401
+    }
+    assert opened == {"/health"}
+    assert server.request("/metrics", key=None, method="OPTIONS")[0] == 401
+
+
+def test_it_listens_on_loopback_only(server: Server) -> None:
+    own = psutil.Process(server.process.pid).net_connections(kind="inet")
+    assert {c.laddr.ip for c in own if c.laddr.port == server.port} == {"127.0.0.1"}
+    listening = {
+        connection.laddr
+        for process in server.family()
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert [address for address in listening if not address.ip.startswith("127.")] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        pytest.param(b'{"model": "x", "prompt"', "JSON", id="malformed-json"),
+        pytest.param(b"\xff\xfe", "", id="not-utf8"),
+        pytest.param(b"[]", "", id="not-an-object"),
+        pytest.param({"prompt": "word " * 2100, "max_tokens": 1}, "2048", id="too-long"),
+        pytest.param({"prompt": [10**9], "max_tokens": 1}, "vocabulary", id="unknown-token"),
+        pytest.param({"prompt": "hi", "max_tokens": -1}, "max_tokens", id="negative-length"),
+    ],
+)
+def test_bad_requests_are_4xx_with_a_message(
+    server: Server, model_path: str, body: Any, words: str
+) -> None:
+    if isinstance(body, dict):
+        body = {"model": model_path, **body}
+    status, text = server.request("/v1/completions", body)
+    assert status in (400, 422), text
+    message = json.loads(text)["error"]["message"]
+    assert words in message
+    assert message
 
 
 def test_options_that_cannot_be_honoured_are_a_400(server: Server, model_path: str) -> None:
@@ -151,10 +157,10 @@ def test_mistakes_end_in_a_short_error(
 ) -> None:
     flags = [str(server.port) if flag == "PORT" else flag for flag in flags]
     if "--port" not in flags:
-        flags = ["--port", str(_free_port()), *flags]
+        flags = ["--port", str(free_port()), *flags]
     done = subprocess.run(
         [*COMMAND, model_path, *flags],
-        env=_environment() | {"VLLM_LOGGING_LEVEL": "ERROR"},
+        env=environment() | {"VLLM_LOGGING_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
         timeout=120,
