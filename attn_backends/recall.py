@@ -37,6 +37,7 @@ KINDS = ("own", "inherited", "served")
 SERVED = KINDS.index("served")
 BOUNDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)  # of the histogram
 EMA_WEIGHT = 0.05  # of a new step in the exported moving average
+FIRST_CHECKS = 4  # sparse steps of a request that are always checked
 RAISED_FACTOR = 2.0  # on the budget, before a request is served dense
 
 
@@ -106,8 +107,9 @@ class RecallWatch:
     Layers write into ``recall``; ``begin_step`` reads what the step before left there. A
     request whose served recall is below the floor in ``patience`` checks in a row gets twice its
     budget, and after as many more is served dense until it ends: that is never undone, since a
-    dense row no longer shows what its selection would have covered. The first sparse step of a
-    request is checked, then every ``interval_steps``-th, and every step after a low one.
+    dense row no longer shows what its selection would have covered. The first sparse steps
+    of a request are checked (one alone misses most bad profiles), then every
+    ``interval_steps``-th, and every step after a low one.
 
     Args:
         floor: least served recall, 0 to 1; 0 checks and guards nothing.
@@ -173,7 +175,9 @@ class RecallWatch:
             return False
         state = self._requests.setdefault(request_id, _Request())
         state.steps += 1
-        return bool(state.low_checks) or (state.steps - 1) % self._interval_steps == 0
+        if state.steps <= FIRST_CHECKS or state.low_checks:
+            return True
+        return (state.steps - 1) % self._interval_steps == 0
 
     def _take_in(self, recalls: list[list[float]]) -> None:
         for (row, request_id), values in zip(self._sparse.items(), recalls, strict=True):

@@ -14,8 +14,8 @@ from tests.e2e.engine import run_engine
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 NEW_TOKENS = 32
-BAD_ANCHORS = [2, 26]  # far from what the layers between them look at
-FLOOR = 0.6
+BAD_ANCHORS = [2, 3, 19, 22]  # none sees what the layers between 3 and 19 look for
+FLOOR = 0.55
 
 
 @pytest.fixture(scope="module")
@@ -72,22 +72,22 @@ def _run(
 def test_the_guard_restores_dense_answers_under_a_bad_profile(
     model_path: str, bad_profile: str
 ) -> None:
-    settings = {"profile": bad_profile, "budget_tokens": 256}
+    settings = {"profile": bad_profile}
     dense, _, _ = _run(model_path, settings, {"sparse": "off"})
     unguarded, rows, _ = _run(model_path, settings)
     assert set(rows) == {"sparse|selected"}
-    guarded, rows, figures = _run(model_path, settings | {"recall_floor": FLOOR, "guard_steps": 1})
+    guarded, rows, figures = _run(model_path, settings | {"recall_floor": FLOOR})
     assert sum(unguarded) < sum(dense), "the profile is not bad: nothing is shown"
     assert guarded == dense
-    # The cost: two sparse steps a request, all others dense.
-    assert rows["dense|guard"] == len(dense) * (NEW_TOKENS - 3)
+    # The cost: almost every step is dense, and those before were checked.
+    assert rows["dense|guard"] >= len(dense) * (NEW_TOKENS - 10)
     assert figures["vllm_ext:guard_requests|dense"] == len(dense)
 
 
 def test_the_guard_leaves_a_good_profile_alone(model_path: str) -> None:
-    _, rows, figures = _run(model_path, {"recall_floor": FLOOR, "guard_steps": 4})
+    _, rows, figures = _run(model_path, {"recall_floor": FLOOR})
     assert "dense|guard" not in rows
-    assert figures["vllm_ext:selection_recall|own"] > FLOOR
+    assert figures["vllm_ext:selection_recall|served"] > FLOOR
 
 
 def test_the_audit_changes_nothing_and_measures(model_path: str) -> None:
