@@ -168,7 +168,7 @@ def _arm(spec: dict[str, Any]) -> dict[str, Any]:
         running = scheduler.running
         decoding = sum(r.num_computed_tokens >= r.num_prompt_tokens for r in running)
         held = sum(block.ref_cnt > 0 and not block.is_null for block in pool.blocks)
-        if decoding == len(running) and decoding > figures["decoding_at_once"]:
+        if decoding == len(running) and decoding:
             figures["blocks_per_decode"] = held / decoding
         figures["decoding_at_once"] = max(figures["decoding_at_once"], decoding)
         figures["peak_usage"] = max(figures["peak_usage"], scheduler.kv_cache_manager.usage)

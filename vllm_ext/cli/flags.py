@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 from typing import Any
 
 from attn_backends.config import KERNEL_CHOICES, POLICY_KEY, settings_of
@@ -38,15 +40,13 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("vllm-ext settings (see `vllm-ext methods`)")
     for name, type_name in setting_fields().items():
         flag = flag_of(name)
-        owners = ", ".join(
-            method for method in REGISTRY if name in settings_of(load_method(method).config_cls)
-        )
+        text = _help_of(name)
         if type_name == "bool":
             group.add_argument(
                 flag,
                 action=argparse.BooleanOptionalAction,
                 default=argparse.SUPPRESS,
-                help=owners,
+                help=text,
             )
             continue
         choices = KERNEL_CHOICES if name == "kernel" else None
@@ -56,8 +56,33 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
             default=argparse.SUPPRESS,
             choices=choices,
             metavar=None if choices else type_name.upper(),
-            help=owners,
+            help=text,
         )
+
+
+def _help_of(setting: str) -> str:
+    """What the docstrings of the methods' settings say, and whose setting it is."""
+    owners: dict[str, list[str]] = {}  # methods by text: two may mean different things by a name
+    for name in REGISTRY:
+        config_cls = load_method(name).config_cls
+        if setting in settings_of(config_cls):
+            texts = [
+                found
+                for cls in config_cls.__mro__
+                if (found := _documented(cls.__doc__ or "", setting))
+            ]
+            owners.setdefault(texts[0] if texts else "", []).append(name)
+    parts = [
+        f"{text} ({'all methods' if len(names) == len(REGISTRY) else ', '.join(names)})".strip()
+        for text, names in owners.items()
+    ]
+    return "; ".join(parts).replace("%", "%%")
+
+
+def _documented(docstring: str, setting: str) -> str:
+    """The text of ``setting`` in the Attributes section of a class docstring, or nothing."""
+    found = re.search(rf"^    {setting}: (.*(?:\n {{8}}.*)*)", inspect.cleandoc(docstring), re.M)
+    return re.sub(r"\s+", " ", found[1]).replace("``", "").rstrip(".") if found else ""
 
 
 def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
