@@ -6,11 +6,12 @@ ARGS ?=
 # Eager: ready in half a minute. `make serve COMPILE=1` compiles for two minutes first, once.
 COMPILE ?=
 
-.PHONY: help setup serve test check test-slow loadtest
+.PHONY: help setup serve ray test check test-slow loadtest
 
 help:
 	@echo "make serve      set up once, then serve the demo model on 127.0.0.1:$(PORT)"
 	@echo "                (BACKEND=SINK_WINDOW ARGS='--window-tokens 512' to choose a method)"
+	@echo "make ray        the same model as two Ray replicas under TIDAL_DECODE, until Ctrl-C"
 	@echo "make test       set up once, then run checks and the default test suite"
 	@echo "make test-slow  the tests that the default suite leaves out"
 	@echo "make loadtest   ten minutes of load on three servers, one after another (ARGS=... for others)"
@@ -23,6 +24,10 @@ setup:
 serve: setup
 	@.venv/bin/vllm-ext serve $(MODEL) --attention-backend $(BACKEND) --port $(PORT) \
 		$(if $(COMPILE),,--enforce-eager) $(ARGS)
+
+ray:
+	@bash scripts/setup.sh ray
+	@.venv/bin/python -m deploy.ray_local --port $(PORT) $(ARGS)
 
 test: check
 	.venv/bin/python -m pytest

@@ -1,1 +1,1 @@
-"""Deployment: Ray Serve application, load test, observability. Empty until step 4."""
+"""Deployment: the Ray Serve application, a soak, and what clients see of faults."""

@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
 # Prepares everything `make serve` and `make test` need; safe to run again at any time.
+# `setup.sh ray` adds what `make ray` needs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=.venv
 log=$venv/setup.log
 stamp=$venv/.setup-stamp
+ray_stamp=$venv/.setup-ray-stamp
 started=$SECONDS
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
 
 # What the environment is made from; a change of it means a new set-up.
-fingerprint() { cat requirements/*.txt pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1; }
+fingerprint() {
+  cat requirements/cpu.txt requirements/dev.txt pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1
+}
+ray_fingerprint() { sha256sum requirements/ray.txt "$stamp" | sha256sum | cut -d' ' -f1; }
 
 find_python() {
   # The CPU build of torch is not published for every Python: older first.
@@ -55,6 +60,16 @@ install_packages() {
       -r requirements/cpu.txt -r requirements/dev.txt
 }
 
+install_ray() {
+  # --no-deps: Ray's own bounds would move packages that vLLM's pins hold.
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps -r requirements/ray.txt
+}
+
+case ${1:-} in
+  '' | ray) ;;
+  *) die "unknown argument '$1'; it takes none, or: ray" ;;
+esac
+
 if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
   check_machine
   python=$(find_python)
@@ -66,6 +81,10 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
   step "installing vllm-ext" "$venv/bin/python" -m pip install --disable-pip-version-check \
     --no-deps --no-build-isolation --editable .
   fingerprint >"$stamp"
+fi
+if [ "${1:-}" = ray ] && [ "$(cat "$ray_stamp" 2>/dev/null)" != "$(ray_fingerprint)" ]; then
+  step "installing Ray (about 300 MB)" install_ray
+  ray_fingerprint >"$ray_stamp"
 fi
 "$venv/bin/python" -c 'from attn_backends.native import library_path; import sys; sys.exit(not library_path().exists())' ||
   step "building the CPU kernels" "$venv/bin/python" -m attn_backends.native

@@ -1,0 +1,81 @@
+"""vllm-ext under Ray Serve: ``import_path: deploy.ray_app:build`` (see ``deploy/ray/``).
+
+Built on ray.serve.llm: its configuration, its engine, its ingress and routers. Added are
+what it does not do: refusing to serve without our platform, our metrics on Ray's port, an
+API key, and an error for a stream that broke off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+from ray.serve.deployment import Application
+from ray.serve.llm import LLMServingArgs, build_llm_deployment
+from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+
+from deploy.ray_ingress import endpoints
+from deploy.ray_settings import check_engine_kwargs
+
+
+def require_extension() -> None:
+    """Refuses to go on without our platform: vLLM only logs a plugin that fails.
+
+    Raises:
+        RuntimeError: names the platform found and what switches ours off.
+    """
+    from vllm.platforms import current_platform
+
+    from vllm_ext.platforms.mixin import ExtPlatformMixin
+
+    if not isinstance(current_platform, ExtPlatformMixin):
+        raise RuntimeError(
+            f"vllm-ext is not active in this replica (platform {type(current_platform).__name__});"
+            " install it on every node, and check VLLM_EXT_DISABLE, VLLM_PLUGINS and "
+            "VLLM_TARGET_DEVICE there"
+        )
+
+
+class ExtLLMServer(LLMServer):
+    """A replica: ray.serve.llm's server, never without vllm-ext, with its metrics."""
+
+    async def start(self) -> None:
+        """Starts the engine.
+
+        Raises:
+            RuntimeError: vllm-ext is not active here; Serve reports the deployment as failed.
+        """
+        from vllm_ext import metrics, ray_metrics
+
+        require_extension()
+        metrics.create_folder()  # the engine's processes inherit its name
+        await super().start()
+        ray_metrics.start(serve.get_replica_context().replica_id.unique_id)
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application, from ``args`` of a Serve config file.
+
+    Args:
+        args: those of ``ray.serve.llm:build_openai_app`` (``llm_configs``,
+            ``ingress_deployment_config``), and ``require_api_key`` (false).
+
+    Raises:
+        ConfigError: a method or setting that cannot be honoured.
+    """
+    args = dict(args)
+    requires_key = bool(args.pop("require_api_key", False))
+    serving = LLMServingArgs.model_validate(args)
+    servers, cards = {}, {}
+    for config in serving.llm_configs:
+        check_engine_kwargs(config.model_id, config.engine_kwargs)
+        servers[config.model_id] = build_llm_deployment(config, deployment_cls=ExtLLMServer)
+        cards[config.model_id] = to_model_metadata(config.model_id, config)
+    options = OpenAiIngress.get_deployment_options(serving.llm_configs)
+    options |= serving.ingress_deployment_config
+    if "num_replicas" in options:
+        options.pop("autoscaling_config", None)  # Serve refuses both
+    ingress = make_fastapi_ingress(OpenAiIngress, endpoint_map=endpoints(requires_key))
+    return serve.deployment(ingress, **options).bind(llm_deployments=servers, model_cards=cards)
