@@ -37,9 +37,8 @@ class SinkFindings(BaseModel):
     sink_rate: list[Share]  # by position: share of query heads that pay it more than epsilon
     needed_tokens: int = Field(ge=0)  # first tokens up to the last sink of most prompts
     first_mass: dict[int, Share]  # what late queries pay the first n tokens, mean over heads
-    # Layers between which secondary sinks were looked for (of most prompts); None: no such stretch.
-    norm_peaks: tuple[int, int] | None
     secondary_per_prompt: float = Field(ge=0)
+    secondary_mass: Share  # what late queries pay all of them, in the layers that have any
     secondary: list[SecondarySink]  # those that get most attention
     head_sink_mass: list[list[Share]]  # by layer and KV head: mass on the first tokens needed
     head_value_ratio: list[list[float]]  # norm of the first token's value over the mean norm

@@ -22,8 +22,8 @@ from vllm_ext.calibration.sinks import (
     EPSILON,
     SPAN_TOKENS,
     PromptSinks,
-    norm_peaks,
     off_reason,
+    secondary_mass,
     secondary_sinks,
     summarize,
 )
@@ -127,32 +127,26 @@ def test_similarity_is_that_of_the_residual_stream(
     assert len(recording.similarity) == NUM_LAYERS
 
 
-def _prompt(cosine: torch.Tensor, first_norm: list[float]) -> PromptSinks:
-    attention = torch.full(cosine.shape, 0.25)
-    unused = torch.empty(0)
-    return PromptSinks(unused, unused, attention, unused, cosine, torch.tensor(first_norm))
-
-
-def test_secondary_sinks_follow_the_first_token_between_its_peaks() -> None:
+def test_secondary_sinks_follow_the_first_token_long_enough() -> None:
     num_layers = 30
-    # The first token's norm rises in layer 2 and falls in layer 27.
-    norms = [1.0] * 3 + [900.0] * 25 + [5.0] * 3
-    assert norm_peaks(torch.tensor(norms)) == (3, 27)
     cosine = torch.zeros(num_layers, 8)
     cosine[:, 0] = 1.0
     cosine[4:12, 3] = 0.97  # 8 layers: secondary
     cosine[3:28, 5] = -0.95  # 25 layers: as long as the first token
     cosine[4:8, 6] = 0.99  # 4 layers: too short
-    cosine[:3, 7] = 0.99  # before the peak
-    found = secondary_sinks(2, _prompt(cosine, norms))
+    cosine[10:13, 7] = cosine[20:23, 7] = 0.99  # 6 layers, but not in a row
+    unused = torch.empty(0)
+    attention = torch.full(cosine.shape, 0.25)
+    prompt = PromptSinks(unused, unused, attention, unused, cosine)
+    found = secondary_sinks(2, prompt)
     assert [(s.position, s.first_layer, s.last_layer, s.kind) for s in found] == [
         (3, 4, 11, "secondary"),
         (5, 3, 27, "bos"),
     ]
     assert found[0].prompt == 2
     assert found[0].attention == 0.25
-    falls_first = [9.0] * 5 + [1.0] * 20 + [9.0] * 6
-    assert secondary_sinks(0, _prompt(cosine, falls_first)) == []
+    # 25 layers have a sink, 8 of them two.
+    assert secondary_mass(prompt) == pytest.approx(0.25 * (25 + 8) / 25)
 
 
 def test_models_that_need_no_sinks_are_left_alone(model: Any, recording: Recording) -> None:

@@ -129,11 +129,9 @@ def _sinks(profile: Profile) -> list[str]:
         f"{num_heads}: {sinks.dormant_heads[:20]}.",
         "",
     ]
-    if sinks.norm_peaks is None:
-        return [*lines, "Secondary sinks: none; the first token's norm has no rise and fall."]
-    first, last = sinks.norm_peaks
     lines.append(
-        f"Secondary sinks (layers {first} to {last}): {sinks.secondary_per_prompt} per prompt."
+        f"Secondary sinks: {sinks.secondary_per_prompt} per prompt; in the layers that have any, "
+        f"they get {sinks.secondary_mass:.1%} of the attention. `sink_tokens` does not keep them."
     )
     if sinks.secondary:
         lines += ["", "| prompt | position | layers | kind | attention |", "|---|---|---|---|---|"]

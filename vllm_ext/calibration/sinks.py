@@ -5,9 +5,10 @@
   at ``k`` where ``alpha_k`` exceeds 0.3. Near T few queries are left to average over, so only the
   first 16 positions are looked at.
 - *Secondary sinks* (arXiv 2512.22213): tokens whose hidden state points where the first token's
-  does (cosine beyond 0.9, either sign) for more than 4 layers, between the layers where that
-  one's norm rises and falls most. They lie anywhere in a prompt, so that keeping first tokens
-  does not keep them.
+  does (cosine beyond 0.9, either sign) for more than 4 layers. They lie anywhere in a prompt, so
+  that keeping first tokens does not keep them. We differ: the paper looks between the layers
+  where the first token's norm rises and falls most; the demo model has two such stretches, and
+  its secondary sinks are in the other one (docs/sinks.md), so we look in all layers.
 - *Dormant heads* (active-dormant heads, arXiv 2410.13835): nearly all mass on sinks whose values
   are small: such a head adds nothing. The paper's code has no thresholds; those here are ours.
 
@@ -17,7 +18,6 @@ Models with gated attention or learned sinks have no need of token sinks: nothin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import mode
 from typing import Any
 
 import torch
@@ -64,7 +64,6 @@ class PromptSinks:
     attention: torch.Tensor  # [layers, seq_len]: from late queries that see the token, all heads
     value_ratio: torch.Tensor  # [layers, kv heads]
     cosine: torch.Tensor  # [layers, seq_len], of layer inputs with the first token's
-    first_norm: torch.Tensor  # [layers + 1], of the first token's hidden state
 
 
 class SinkMeasure:
@@ -80,14 +79,10 @@ class SinkMeasure:
         def before(module: Any, args: Any, kwargs: Any) -> None:
             self._look((args[0] if args else kwargs["hidden_states"])[0])
 
-        def after(module: Any, args: Any, output: Any) -> None:
-            self._look((output[0] if isinstance(output, tuple) else output)[0])
-
         layers = self._model.model.layers
         self._handles = [
             layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers
         ]
-        self._handles.append(layers[-1].register_forward_hook(after))
         self._probe.observers.append(self._observe)
         return self
 
@@ -98,17 +93,14 @@ class SinkMeasure:
 
     def result(self) -> PromptSinks:
         """After the pass."""
-        stacked = {name: torch.stack(rows).cpu() for name, rows in self._rows.items()}
-        stacked["cosine"] = stacked["cosine"][:-1]  # the last one is the model's output
-        return PromptSinks(**stacked)
+        return PromptSinks(**{name: torch.stack(rows).cpu() for name, rows in self._rows.items()})
 
     def _keep(self, **measured: torch.Tensor) -> None:
         for name, value in measured.items():
             self._rows.setdefault(name, []).append(value)
 
     def _look(self, hidden: torch.Tensor) -> None:
-        first = hidden[0]
-        self._keep(cosine=cosine_similarity(hidden, first, dim=-1), first_norm=first.norm())
+        self._keep(cosine=cosine_similarity(hidden, hidden[0], dim=-1))
 
     def _observe(
         self,
@@ -156,7 +148,6 @@ def summarize(prompts: list[PromptSinks]) -> SinkFindings:
     dormant = (head_mass > DORMANT_MASS) & (value_ratio < DORMANT_VALUE_RATIO)
     found = [sink for number, p in enumerate(prompts) for sink in secondary_sinks(number, p)]
     found.sort(key=lambda sink: -sink.attention)
-    first, last = mode(norm_peaks(p.first_norm) for p in prompts)
     return SinkFindings(
         epsilon=EPSILON,
         span_tokens=SPAN_TOKENS,
@@ -164,8 +155,8 @@ def summarize(prompts: list[PromptSinks]) -> SinkFindings:
         sink_rate=_rounded(rates.mean(0)),
         needed_tokens=needed_tokens,
         first_mass=dict(zip(_FIRST, _rounded(mass.mean((0, 1))), strict=True)),
-        norm_peaks=(first, last) if first <= last else None,
         secondary_per_prompt=round(len(found) / len(prompts), 2),
+        secondary_mass=round(sum(map(secondary_mass, prompts)) / len(prompts), 4),
         secondary=found[:_SHOWN],
         head_sink_mass=[_rounded(heads) for heads in head_mass],
         head_value_ratio=[_rounded(heads) for heads in value_ratio],
@@ -173,17 +164,16 @@ def summarize(prompts: list[PromptSinks]) -> SinkFindings:
     )
 
 
-def norm_peaks(first_norm: torch.Tensor) -> tuple[int, int]:
-    """The first and the last layer whose input has the first token's large norm.
-
-    Args:
-        first_norm: ``[layers + 1]`` of the first token's hidden state.
-
-    Returns:
-        The first one is greater where the norm falls before it rises: there is no such stretch.
-    """
-    steps = first_norm.diff()
-    return int(steps.argmax()) + 1, int(steps.argmin())
+def _follows_first(prompt: PromptSinks) -> torch.Tensor:
+    """Where a token is a secondary sink: ``[layers, seq_len]`` bool."""
+    alike = prompt.cosine.abs() > COSINE
+    alike[:, 0] = False  # the first token itself
+    ever = torch.zeros_like(alike)
+    num_layers = len(alike)
+    for first in range(num_layers - _MIN_LIFE):  # every run of more than _MIN_LIFE layers
+        run = slice(first, first + _MIN_LIFE + 1)
+        ever[run] |= alike[run].all(0)
+    return ever
 
 
 def secondary_sinks(number: int, prompt: PromptSinks) -> list[SecondarySink]:
@@ -193,17 +183,11 @@ def secondary_sinks(number: int, prompt: PromptSinks) -> list[SecondarySink]:
         number: of the prompt.
         prompt: what was measured.
     """
-    first, last = norm_peaks(prompt.first_norm)
-    if last < first:
-        return []
-    num_layers = len(prompt.cosine)
-    alike = prompt.cosine[first : last + 1].abs() > COSINE
+    follows = _follows_first(prompt)
     found = []
-    for position in (alike.sum(0) > _MIN_LIFE).nonzero().flatten().tolist():
-        if position == 0:
-            continue
-        layers = alike[:, position].nonzero().flatten() + first
-        is_short = len(layers) < num_layers - _SHORT_OF_BOS
+    for position in follows.any(0).nonzero().flatten().tolist():
+        layers = follows[:, position].nonzero().flatten()
+        is_short = len(layers) < len(follows) - _SHORT_OF_BOS
         found.append(
             SecondarySink(
                 prompt=number,
@@ -215,6 +199,15 @@ def secondary_sinks(number: int, prompt: PromptSinks) -> list[SecondarySink]:
             )
         )
     return found
+
+
+def secondary_mass(prompt: PromptSinks) -> float:
+    """What a late query pays all secondary sinks together, mean over the layers that have any."""
+    follows = _follows_first(prompt)
+    layers = follows.any(1)
+    if not layers.any():
+        return 0.0
+    return min(1.0, float((prompt.attention * follows)[layers].sum(1).mean()))
 
 
 def _rounded(values: torch.Tensor) -> list[float]:
