@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -48,10 +49,10 @@ class Target:
 
 
 def bench_words(target: Target, trace: Path, num_requests: int, max_in_flight: int) -> list[str]:
-    """The command line of ``vllm bench serve`` for one trace, sent in a closed loop."""
+    """The command line of ``vllm bench serve`` for one trace, its times and bound kept."""
     words = ["--backend", "openai", "--base-url", target.url, "--model", target.model]
     words += ["--served-model-name", target.model, "--tokenizer", target.tokenizer]
-    words += ["--dataset-name", "timed_trace", "--dataset-path", str(trace), "--no-self-timed"]
+    words += ["--dataset-name", "timed_trace", "--dataset-path", str(trace), "--self-timed"]
     words += ["--timed-trace-chunk-hash-size", str(CHUNK_TOKENS)]
     words += ["--num-prompts", str(num_requests), "--max-concurrency", str(max_in_flight)]
     words += ["--temperature", "0", "--disable-tqdm", "--save-detailed"]
@@ -126,8 +127,7 @@ class BenchClient:
             finally:
                 timer.cancel()
         if answer is None:
-            self._process = None
-            process.wait()
+            self._end()
             if is_late.is_set():
                 raise OutOfTime(f"not answered within {limit_s:.0f} s")
             raise ClientFailed(f"the load generator ended:\n{self._log_tail()}")
@@ -157,12 +157,17 @@ class BenchClient:
         self._log.seek(0)
         return "".join(self._log.readlines()[-15:])
 
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        self._process.kill()
+        with contextlib.suppress(BrokenPipeError):  # words that it did not read
+            self._process.communicate()
+        self._process = None
+
     def close(self) -> None:
         """Ends the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        self._end()
         self._log.close()
 
 

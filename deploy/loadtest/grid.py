@@ -12,11 +12,13 @@ MIXED = "mixed"
 WORKLOADS = {
     DISTINCT: "no two prompts share anything",
     SHARED_PREFIX: "three quarters of every prompt are the same and in the prefix cache",
-    MIXED: "while the clients decode, one prefill of the same length arrives after another",
+    MIXED: "clients decode on cached prompts while other prompts of that length are prefilled, "
+    "one after another from the first second on",
 }
 CHUNK_TOKENS = 16  # a hash id of a trace stands for this many tokens
 SHARED_SHARE = 0.75  # of a prompt's tokens, in the shared-prefix workload
 PREFILLS_PER_CLIENT = 1  # of the mixed workload
+PREFILLS_START_S = 1.0  # after the decoding requests: those must be first in the server's queue
 
 
 @dataclass(frozen=True, order=True)
@@ -89,10 +91,10 @@ def _ids(seed: int, cell: Cell, owner: str, num_chunks: int) -> list[int]:
     ]
 
 
-def _line(prompt_tokens: int, output_tokens: int, hash_ids: list[int]) -> str:
+def _line(prompt_tokens: int, output_tokens: int, hash_ids: list[int], start_s: float = 0.0) -> str:
     return json.dumps(
         {
-            "timestamp": 0,
+            "timestamp": start_s,
             "input_length": prompt_tokens,
             "output_length": output_tokens,
             "hash_ids": hash_ids,
@@ -107,9 +109,10 @@ def _shared_chunks(cell: Cell) -> int:
 def trace(cell: Cell, seed: int) -> list[str]:
     """The requests of a cell as lines of vLLM's ``timed_trace`` format, in arrival order.
 
-    The client sends a line as soon as fewer than ``cell.max_in_flight`` are in flight. In the
-    mixed workload the decoding requests come first and take all places but one, through which
-    the prefills pass; those ask for one token, so that TPOT and ITL are the decoders' alone.
+    The client sends a line as soon as its time has come and fewer than ``cell.max_in_flight``
+    are in flight. In the mixed workload the decoding requests come first and take all places
+    but one, through which the prefills pass; those ask for one token, so that TPOT and ITL are
+    the decoders' alone.
     """
     num_chunks = -(-cell.prompt_tokens // CHUNK_TOKENS)
     num_shared = _shared_chunks(cell) if cell.workload == SHARED_PREFIX else 0
@@ -118,14 +121,20 @@ def trace(cell: Cell, seed: int) -> list[str]:
     for number in range(cell.num_requests):
         own = _ids(seed, cell, str(number), num_chunks - num_shared)
         is_prefill = cell.workload == MIXED and number >= cell.concurrency
-        lines.append(
-            _line(cell.prompt_tokens, 1 if is_prefill else cell.output_tokens, shared + own)
-        )
+        output_tokens, start_s = (1, PREFILLS_START_S) if is_prefill else (cell.output_tokens, 0.0)
+        lines.append(_line(cell.prompt_tokens, output_tokens, shared + own, start_s))
     return lines
 
 
 def priming_trace(cell: Cell, seed: int) -> list[str]:
-    """What fills the prefix cache before the cell is timed; empty for other workloads."""
+    """What fills the prefix cache before the cell is timed.
+
+    The shared prefix; in the mixed workload the decoders' prompts, so that they decode at once
+    and the prefills find them doing so; nothing for distinct prompts.
+    """
+    if cell.workload == MIXED:
+        decoders = [json.loads(line) for line in trace(cell, seed)[: cell.concurrency]]
+        return [_line(cell.prompt_tokens, 1, decoder["hash_ids"]) for decoder in decoders]
     num_shared = _shared_chunks(cell)
     if cell.workload != SHARED_PREFIX or not num_shared:
         return []

@@ -35,6 +35,8 @@ def _colors(result: dict[str, Any]) -> dict[str, str]:
 def crossover_svg(result: dict[str, Any]) -> str:
     """TPOT over the first arm's, against the prompt length: below 1 the arm is faster.
 
+    Hollow where all its rows were served dense.
+
     Raises:
         ImportError: matplotlib is not installed.
     """
@@ -45,15 +47,23 @@ def crossover_svg(result: dict[str, Any]) -> str:
     lengths = set()
     for (group, arm), points in tpot_ratios(result).items():
         workload, output_tokens, concurrency = group
-        prompts, ratios = zip(*points, strict=True)
-        lengths |= set(prompts)
+        lengths |= {point.prompt_tokens for point in points}
         axes.plot(
-            prompts,
-            ratios,
+            [point.prompt_tokens for point in points],
+            [point.ratio for point in points],
             color=colors[arm],
             marker=_MARKERS[groups.index(group) % len(_MARKERS)],
             linestyle="-" if concurrency > 1 else "--",
             label=f"{arm}, {workload}, {output_tokens} out, {concurrency} at once",
+        )
+        idle = [point for point in points if not point.is_active]
+        axes.plot(
+            [point.prompt_tokens for point in idle],
+            [point.ratio for point in idle],
+            color=colors[arm],
+            marker=_MARKERS[groups.index(group) % len(_MARKERS)],
+            markerfacecolor="white",
+            linestyle="none",
         )
     axes.axhline(1, color="grey", linewidth=1)
     axes.text(0.01, 1, f" {first}", transform=axes.get_yaxis_transform(), va="bottom", color="grey")
@@ -93,6 +103,7 @@ def throughput_svg(result: dict[str, Any]) -> str:
             if (r["cell"]["workload"], r["cell"]["prompt_tokens"]) == (workload, prompt)
         ]
         _throughput_lines(axes, cells, _colors(result))
+        axes.margins(0.15)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

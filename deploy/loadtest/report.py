@@ -95,7 +95,10 @@ def crossover_table(result: dict[str, Any]) -> Table:
     """Median TPOT over the first arm's at each length, and where it falls below 1."""
     rows = []
     for ((workload, output_tokens, concurrency), arm), points in tpot_ratios(result).items():
-        ratios = ", ".join(f"{prompt:,}: {ratio:.2f}" for prompt, ratio in points)
+        ratios = ", ".join(
+            f"{point.prompt_tokens:,}: {point.ratio:.2f}" + ("" if point.is_active else " (dense)")
+            for point in points
+        )
         load = f"{workload}, {output_tokens} out x {concurrency}"
         rows.append([load, arm, ratios, verdict(points)])
     first = next(iter(result["arms"]))
@@ -129,7 +132,8 @@ def introduction(result: dict[str, Any]) -> list[str]:
     loads = "; ".join(f"{name}: {text}" for name, text in WORKLOADS.items() if name in used)
     clients = (
         "Load by vLLM's own benchmark client, closed loop, random tokens, greedy, run on the "
-        "machine named here. Arms ran one after another: small differences are noise."
+        "machine named here. Arms ran one after another, and a cell has only as many requests as its "
+        "last column says: small differences are noise."
     )
     return [
         f"{machine['cpu']}, vLLM {machine['vllm']}, Python {machine['python']}, "
@@ -137,16 +141,19 @@ def introduction(result: dict[str, Any]) -> list[str]:
         clients,
         f"Loads: {loads}.",
         "Latencies are median / p90 / p99. Wrong: failed requests and answers that ended early.",
-        f"A good request keeps {slo}." if slo else "No SLO was set.",
+        f"A good request keeps {slo} (vLLM's goodput, which counts answers that ended early too)."
+        if slo
+        else "No SLO was set.",
     ]
 
 
 def _sections(result: dict[str, Any]) -> list[tuple[str, Table]]:
-    return [
-        ("Where each arm decodes faster", crossover_table(result)),
-        ("Latency and throughput", latency_table(result)),
-        ("The servers' own figures", server_table(result)),
-    ]
+    sections = {
+        "Where each arm decodes faster": crossover_table(result),
+        "Latency and throughput": latency_table(result),
+        "The servers' own figures": server_table(result),
+    }
+    return [(title, table) for title, table in sections.items() if table[1]]
 
 
 def _arm_lines(result: dict[str, Any]) -> list[str]:
@@ -210,9 +217,11 @@ def page(result: dict[str, Any]) -> str:
 
 def _images(result: dict[str, Any]) -> list[str]:
     titles = {
-        "Crossover: time per output token against the first arm": plots.crossover_svg,
+        "Time per output token against the first arm (hollow: served dense)": plots.crossover_svg,
         "Throughput against latency (numbers: requests at once)": plots.throughput_svg,
     }
+    if not tpot_ratios(result):  # one arm, or nothing to compare
+        del titles[next(iter(titles))]
     parts = []
     for title, draw in titles.items():
         parts.append(f"<h2>{title}</h2>")

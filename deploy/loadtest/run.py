@@ -171,7 +171,9 @@ def _measure(
 ) -> dict[str, Any]:
     priming = grid.priming_trace(cell, plan.seed)
     if priming:
-        client.run(target, priming, 1, plan.left_s())
+        primed = client.run(target, priming, 1, plan.left_s())
+        if primed["failed"]:
+            raise ClientFailed(f"requests that fill the prefix cache failed: {primed['errors']}")
     lines = grid.trace(cell, plan.seed)
     with Watch(arm.metrics_url) as watch:
         result = client.run(target, lines, cell.max_in_flight, plan.left_s())

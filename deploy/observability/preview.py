@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -24,6 +25,7 @@ from vllm_ext.errors import UserError
 
 Series = tuple[str, list[float], list[float]]  # legend, seconds since the start, values
 _COLUMNS = 3
+STEP_S = 2.0  # between two points of a series
 _UNITS = {
     "ops": "1/s",
     "percentunit": "share",
@@ -80,14 +82,25 @@ def panel_series(
     found: list[Series] = []
     for query in panel.queries:
         expr = query.expr.replace("$__rate_interval", f"{window_s}s")
-        for series in ask(prometheus, expr, start_s, end_s, step_s=2):
+        for series in ask(prometheus, expr, start_s, end_s, step_s=STEP_S):
             points = [(float(at), float(value)) for at, value in series["values"]]
-            finite = [(at - start_s, value) for at, value in points if value == value]
-            if finite:
-                seconds, values = zip(*finite, strict=True)
+            if any(value == value for _, value in points):
                 name = legend(query.legend, series["metric"])
-                found.append((name, list(seconds), list(values)))
+                found.append((name, *with_gaps([(at - start_s, value) for at, value in points])))
     return found
+
+
+def with_gaps(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Seconds and values, with a NaN where points are missing: no line is drawn across."""
+    seconds: list[float] = []
+    values: list[float] = []
+    for at, value in points:
+        if seconds and at - seconds[-1] > 1.5 * STEP_S:
+            seconds.append(seconds[-1] + STEP_S)
+            values.append(math.nan)
+        seconds.append(at)
+        values.append(value)
+    return seconds, values
 
 
 def draw(data: list[tuple[Panel, list[Series]]], caption: str, path: Path) -> None:
@@ -108,6 +121,9 @@ def draw(data: list[tuple[Panel, list[Series]]], caption: str, path: Path) -> No
     figure.suptitle(caption, fontsize=11)
     for axes in grid.flat[len(data) :]:
         axes.set_axis_off()
+    shown = [seconds for _, series in data for _, seconds, _ in series]
+    last_s = max((seconds[-1] for seconds in shown), default=1.0)
+    first_s = min((seconds[0] for seconds in shown), default=0.0)
     for (panel, series), axes in zip(data, grid.flat, strict=False):
         axes.set_title(f"{panel.row}: {panel.title}", fontsize=9, loc="left")
         for name, seconds, values in series:
@@ -115,6 +131,7 @@ def draw(data: list[tuple[Panel, list[Series]]], caption: str, path: Path) -> No
         axes.set_ylabel(_UNITS.get(panel.unit, panel.unit), fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
+        axes.set_xlim(first_s, last_s)
         if series:
             axes.set_ylim(0, 1.05 if panel.unit == "percentunit" else None)
             axes.legend(fontsize=7, loc="upper left")

@@ -58,7 +58,11 @@ def test_shared_prefixes_are_primed_and_three_quarters_long() -> None:
 def test_in_the_mixed_workload_prefills_pass_through_the_last_place() -> None:
     cell = _cell(workload=grid.MIXED)
     assert [request["output_length"] for request in _requests(cell)] == [32] * 4 + [1] * 4
+    assert [request["timestamp"] for request in _requests(cell)] == [0] * 4 + [1] * 4
     assert (cell.num_requests, cell.max_in_flight) == (8, 5)
+    # The decoders find their prompts in the cache, and are decoding when prefills come.
+    primed = [json.loads(line)["hash_ids"] for line in grid.priming_trace(cell, 0)]
+    assert primed == [request["hash_ids"] for request in _requests(cell)[:4]]
     assert _cell().max_in_flight == 4
 
 
@@ -193,8 +197,18 @@ def _result(tmp_path: Path) -> dict[str, Any]:
 
 def test_ratios_are_to_the_first_arm_and_leave_out_failures(tmp_path: Path) -> None:
     ratios = crossover.tpot_ratios(_result(tmp_path))
-    assert ratios == {((grid.DISTINCT, 32, 4), "TIDAL_DECODE"): [(512, 1.25), (2048, 0.5)]}
-    assert crossover.verdict([(512, 1.25), (2048, 1.1)]) == "not faster at 2,048 tokens"
+    points = [crossover.Point(512, 1.25), crossover.Point(2048, 0.5)]
+    assert ratios == {((grid.DISTINCT, 32, 4), "TIDAL_DECODE"): points}
+
+
+def test_lengths_served_dense_do_not_count_as_the_methods() -> None:
+    dense, sparse = crossover.Point(512, 0.9, is_active=False), crossover.Point(2048, 0.8)
+    assert "from 2,048 tokens, the shortest where it was active" in crossover.verdict(
+        [dense, sparse]
+    )
+    assert crossover.verdict([dense]).startswith("never active")
+    slow = [crossover.Point(512, 1.25), crossover.Point(2048, 1.1)]
+    assert crossover.verdict(slow) == "not faster at 2,048 tokens"
 
 
 def test_the_report_shows_every_error_and_loads_nothing(tmp_path: Path) -> None:

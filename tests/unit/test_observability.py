@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.observability.preview import legend
+from deploy.observability.preview import legend, with_gaps
 from deploy.observability.queries import metric_names, panels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,3 +151,9 @@ def test_rays_names_become_the_servers_own() -> None:
 def test_legends_are_filled_from_labels() -> None:
     assert legend("{{method}} {{ kind }} now", {"method": "M", "kind": "own"}) == "M own now"
     assert legend("{{gone}}p95", {}) == "p95"
+
+
+def test_no_line_is_drawn_where_there_was_no_server() -> None:
+    seconds, values = with_gaps([(0.0, 1.0), (2.0, 1.0), (30.0, 2.0)])
+    assert seconds == [0.0, 2.0, 4.0, 30.0]
+    assert [value != value for value in values] == [False, False, True, False]
