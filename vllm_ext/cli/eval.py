@@ -59,7 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--corpus", type=Path, help="text file (default: Python's library)")
     parser.add_argument("--seed", type=int, default=0, help="for needles and texts (0)")
-    parser.add_argument("--kv-gib", type=float, default=3.0, help="KV pool of an engine (3)")
+    parser.add_argument(
+        "--kv-gib",
+        type=float,
+        help="KV pool of an engine (3, in float32 6; preemptions are errors)",
+    )
     parser.add_argument("--output", type=Path, help="also write FILE.json, FILE.md and plots")
     add_dtype_flag(parser)
     add_setting_flags(parser)
@@ -163,7 +167,7 @@ def _job(args: Any, max_positions: int) -> Job:
         ),
         text_steps=args.text_steps,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        kv_bytes=int(args.kv_gib * (1 << 30)),
+        kv_bytes=int((args.kv_gib or (6 if args.dtype == "float32" else 3)) * (1 << 30)),
         max_model_len=max_positions if args.long_texts else longest,
         dtype=args.dtype,
     )

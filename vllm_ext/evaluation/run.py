@@ -13,6 +13,7 @@ import numpy
 from attn_backends.config import known_settings
 from attn_backends.methods import load_method
 from vllm_ext.engine_process import EngineProcess
+from vllm_ext.errors import UserError
 from vllm_ext.evaluation.prompts import NeedlePrompt
 from vllm_ext.forcing import CLASS_PATH, KEY
 from vllm_ext.plugin import DISABLE_ENV
@@ -193,6 +194,12 @@ class Evaluation:
                 ]
                 extra = [(column.extra_args or {}) | {KEY: asked} for asked in forced]
                 found = engine.generate(prompts, job.text_steps, extra)["forced"][column.name]
+                wanted = len(prompts) * job.text_steps
+                if len(found) != wanted:  # a preempted request repeats steps
+                    raise UserError(
+                        f"{column.name}: {len(found)} steps were compared instead of {wanted}, so "
+                        "requests were preempted; give the engines a larger KV pool (--kv-gib)"
+                    )
                 steps = self.texts.setdefault(column.name, {"kl": [], "agrees": []})
                 steps["kl"] += [kl for kl, _ in found]
                 steps["agrees"] += [float(agrees) for _, agrees in found]
