@@ -2,6 +2,8 @@
 
 Every family that workers report follows by itself, under its name with ``:`` as ``_`` (Ray
 puts ``ray_`` before it), with its help text, its labels and ``ReplicaId``, as vLLM's own do.
+Ray's histograms only take single observations, which the workers have counted already: the
+samples of ours follow as gauges under the names that a histogram's have.
 """
 
 from __future__ import annotations
@@ -41,30 +43,29 @@ class RayExporter:
         """Sets gauges, and raises counters by what they grew since the last update.
 
         Raises:
-            TypeError: a family that is neither counter nor gauge; workers write no others.
+            TypeError: a family of another kind than workers write.
         """
         for family in self._source.collect():
-            if family.type not in ("counter", "gauge"):
+            if family.type not in ("counter", "gauge", "histogram"):
                 raise TypeError(f"{family.name} is a {family.type}: not carried into Ray's metrics")
             for sample in family.samples:
                 tags = {**sample.labels, "ReplicaId": self._replica_id}
-                instrument = self._instrument(family, tuple(tags))
-                if family.type == "gauge":
-                    instrument.set(sample.value, tags=tags)
+                if family.type != "counter":
+                    gauge = self._instrument("Gauge", sample.name, family, tuple(tags))
+                    gauge.set(sample.value, tags=tags)
                     continue
+                instrument = self._instrument("Counter", family.name, family, tuple(tags))
                 key = (family.name, frozenset(sample.labels.items()))
                 growth = sample.value - self._totals.get(key, 0.0)
                 if growth > 0:  # Ray refuses to add nothing
                     instrument.inc(growth, tags=tags)
                     self._totals[key] = sample.value
 
-    def _instrument(self, family: Metric, tag_keys: tuple[str, ...]) -> Any:
-        if family.name not in self._by_name:
-            kind = getattr(self._instruments, family.type.capitalize())
-            self._by_name[family.name] = kind(
-                family.name.replace(":", "_"), family.documentation, tag_keys
-            )
-        return self._by_name[family.name]
+    def _instrument(self, kind: str, name: str, family: Metric, tag_keys: tuple[str, ...]) -> Any:
+        if name not in self._by_name:
+            make = getattr(self._instruments, kind)
+            self._by_name[name] = make(name.replace(":", "_"), family.documentation, tag_keys)
+        return self._by_name[name]
 
 
 def start(replica_id: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import Metric
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import HistogramMetricFamily, SummaryMetricFamily
 
 from kvcache.adapter.figures import FigureFiles
 from vllm_ext.metrics import WorkerFigures
@@ -66,10 +66,27 @@ def test_every_family_follows_with_name_help_and_labels(tmp_path: Path) -> None:
     )
 
 
-def test_a_family_that_cannot_be_carried_is_an_error() -> None:
-    class Source:
-        def collect(self) -> Iterable[Metric]:
-            return [HistogramMetricFamily("vllm_ext:times", "", [("+Inf", 1)], 1)]
+class _Source:
+    def __init__(self, family: Metric) -> None:
+        self._family = family
 
-    with pytest.raises(TypeError, match="vllm_ext:times is a histogram"):
-        RayExporter(Source(), "r", _Instruments()).update()  # type: ignore[arg-type]
+    def collect(self) -> Iterable[Metric]:
+        return [self._family]
+
+
+def test_a_histogram_follows_as_gauges_of_its_samples() -> None:
+    instruments = _Instruments()
+    family = HistogramMetricFamily("vllm_ext:share", "", [("0.5", 1), ("+Inf", 3)], 2.2)
+    RayExporter(_Source(family), "r", instruments).update()  # type: ignore[arg-type]
+    assert instruments.recorded == [
+        ("vllm_ext_share_bucket", 1, {"le": "0.5", "ReplicaId": "r"}),
+        ("vllm_ext_share_bucket", 3, {"le": "+Inf", "ReplicaId": "r"}),
+        ("vllm_ext_share_count", 3, {"ReplicaId": "r"}),
+        ("vllm_ext_share_sum", 2.2, {"ReplicaId": "r"}),
+    ]
+
+
+def test_a_family_that_cannot_be_carried_is_an_error() -> None:
+    family = SummaryMetricFamily("vllm_ext:times", "", 1, 1)
+    with pytest.raises(TypeError, match="vllm_ext:times is a summary"):
+        RayExporter(_Source(family), "r", _Instruments()).update()  # type: ignore[arg-type]
