@@ -2,7 +2,7 @@
 
     pip install schemathesis          # in an environment of its own; vLLM is not needed there
     vllm-ext serve MODEL --attention-backend TIDAL_DECODE --max-model-len 4096 --enforce-eager \
-        --kv-cache-memory-bytes 300M >server.log 2>&1 &
+        --kv-cache-memory-bytes 300M --enable-scale-out >server.log 2>&1 &
     python -m deploy.fuzz --server-log server.log --output docs/benchmarks/fuzz-cpu
 
 Requests go one after another, so that a 5xx and the lines it adds to the log belong together.
@@ -73,7 +73,7 @@ def grouped(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """5xx answers with one cause, by their smallest request, the most frequent first."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for error in errors:
-        cause = (error["raised"] or error["answer"]).partition("(")[0][:80]
+        cause = (error["raised"] or error["answer"])[:60]
         groups.setdefault((error["path"], error["status"], cause), []).append(error)
     smallest = [min(group, key=lambda e: len(e["body"])) for group in groups.values()]
     counted = [
@@ -134,7 +134,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"- {error['count']} x {error['status']} `{error['method']} {error['path'][:80]}`, "
             f"{whose}: `{error['raised'] or error['answer'][:200]}`; smallest body: "
-            f"`{error['body'][:300]}`"
+            f"`{error['body'][:160]}`"
         )
     lines += [f"- FAILURE: {failure[:1000]}" for failure in result["failures"]]
     return "\n".join(lines) + "\n"

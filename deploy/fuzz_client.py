@@ -18,6 +18,10 @@ OUR_FRAME = re.compile(r'File "[^"]*/((?:vllm_ext|attn_backends|kvcache)/[^"]+)"
 RAISED = re.compile(
     r"^(?:\(.*?\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE
 )
+# An error after the status is sent; the Anthropic routes give no code.
+STREAMED_ERROR = re.compile(
+    r'^data: \{(?:"type": ?"error", ?)?"error": ?\{(?:.*?"code": ?(\d+))?', re.MULTILINE
+)
 CANARY = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 
 
@@ -76,13 +80,16 @@ class Fuzzer:
         log_start = self._log_bytes()
         self.kinds[request.kind] += 1
         status, text = self._status_of(request)
-        route = f"{request.method} {request.path.partition('?')[0][:60]}"
-        self.statuses.setdefault(route, Counter())[status] += 1
-        if status.startswith("5"):
-            self._note_server_error(request, status, text, log_start)
-        elif not status.isdigit():
+        streamed = STREAMED_ERROR.search(text) if status == "200" else None
+        shown_status = f"200, then {streamed[1] or 'error'}" if streamed else status
+        route = f"{request.method} {_route(request)}"
+        self.statuses.setdefault(route, Counter())[shown_status] += 1
+        code = (streamed[1] or "200") if streamed else status
+        if code.startswith("5"):
+            self._note_server_error(request, code, text, log_start)
+        elif not code.isdigit():
             self.failures.append(f"{route}: {status}: {_shown(request)}")
-        if self.num_sent % self._args.canary_every == 0 or not status.isdigit():
+        if self.num_sent % self._args.canary_every == 0 or not code.isdigit():
             self.ask_canary()
 
     def _status_of(self, request: HostileRequest) -> tuple[str, str]:
@@ -117,7 +124,7 @@ class Fuzzer:
                 "body": _shown(request),
                 "answer": text[:300],
                 "ours": [f"{path}:{line}" for path, line in frames],
-                "raised": raised[-1][:300] if raised else None,
+                "raised": " -> ".join(dict.fromkeys(raised))[:300] or None,
             }
         )
 
@@ -150,6 +157,11 @@ class Fuzzer:
         with self._args.server_log.open("rb") as file:
             file.seek(start)
             return file.read().decode(errors="replace")
+
+
+def _route(request: HostileRequest) -> str:
+    path = request.path.partition("?")[0]
+    return re.sub(r"^/v1/responses/[^/]+", "/v1/responses/ID", path)[:60]
 
 
 def _shown(request: HostileRequest) -> str:
