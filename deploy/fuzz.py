@@ -8,7 +8,7 @@
 Requests go one after another, so that a 5xx and the lines it adds to the log belong together.
 Every ``--canary-every`` requests a fixed question must get the answer it got at the start.
 The exit code is 1 when the server died, hung, changed its answer, leaked KV blocks, or
-answered 5xx out of our code; a 5xx of vLLM's own is reported only.
+answered 5xx (or cut an answer off) out of our code; what vLLM does so by itself is reported only.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def result_of(args: argparse.Namespace, fuzzer: Fuzzer) -> dict[str, Any]:
     if figures.get(HELD, 0.0) > 0:
         failures.append(f"{figures[HELD]:.0f} KV blocks are still held")
     failures += [
-        f"5xx out of our code ({', '.join(error['ours'])}): {error['raised']}"
+        f"{error['status']} out of our code ({', '.join(error['ours'])}): {error['raised']}"
         for error in fuzzer.server_errors
         if error["ours"]
     ]
@@ -128,7 +128,11 @@ def as_markdown(result: dict[str, Any]) -> str:
     for route, counts in result["statuses"].items():
         cells = " | ".join(str(counts.get(code, "")) for code in codes)
         lines.append(f"| `{route}` | {cells} |")
-    lines += ["", "5xx by cause:", ""] if result["server_errors"] else ["", "No 5xx."]
+    lines += (
+        ["", "5xx and answers cut off, by cause:", ""]
+        if result["server_errors"]
+        else ["", "No 5xx."]
+    )
     for error in result["server_errors"]:
         whose = f"ours ({', '.join(error['ours'])})" if error["ours"] else "vLLM's"
         lines.append(
