@@ -18,6 +18,11 @@ OUR_FRAME = re.compile(r'File "[^"]*/((?:vllm_ext|attn_backends|kvcache)/[^"]+)"
 RAISED = re.compile(
     r"^(?:\(.*?\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE
 )
+CUT_OFF = "cut off"  # an answer that began and did not end
+# An error after the status is sent; the Anthropic routes give no code.
+STREAMED_ERROR = re.compile(
+    r'^data: \{(?:"type": ?"error", ?)?"error": ?\{(?:.*?"code": ?(\d+))?', re.MULTILINE
+)
 CANARY = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 
 
@@ -76,13 +81,16 @@ class Fuzzer:
         log_start = self._log_bytes()
         self.kinds[request.kind] += 1
         status, text = self._status_of(request)
-        route = f"{request.method} {request.path.partition('?')[0][:60]}"
-        self.statuses.setdefault(route, Counter())[status] += 1
-        if status.startswith("5"):
-            self._note_server_error(request, status, text, log_start)
-        elif not status.isdigit():
+        streamed = STREAMED_ERROR.search(text) if status == "200" else None
+        shown_status = f"200, then {streamed[1] or 'error'}" if streamed else status
+        route = f"{request.method} {_route(request)}"
+        self.statuses.setdefault(route, Counter())[shown_status] += 1
+        code = (streamed[1] or "200") if streamed else status
+        if code.startswith("5") or code == CUT_OFF:
+            self._note_server_error(request, code, text, log_start)
+        elif not code.isdigit():
             self.failures.append(f"{route}: {status}: {_shown(request)}")
-        if self.num_sent % self._args.canary_every == 0 or not status.isdigit():
+        if self.num_sent % self._args.canary_every == 0 or not code.isdigit():
             self.ask_canary()
 
     def _status_of(self, request: HostileRequest) -> tuple[str, str]:
@@ -97,6 +105,8 @@ class Fuzzer:
             )
         except requests.Timeout:
             return f"no answer in {self._args.timeout_s} s", ""
+        except requests.exceptions.ChunkedEncodingError as error:
+            return CUT_OFF, str(error)
         except requests.RequestException as error:
             return f"connection lost: {type(error).__name__}", ""
         return str(reply.status_code), reply.text
@@ -106,18 +116,23 @@ class Fuzzer:
     ) -> None:
         time.sleep(0.2)  # the log line may follow the answer
         trace = self._log_since(log_start)
-        frames = OUR_FRAME.findall(trace)
         raised = RAISED.findall(trace)
+        # A validation error of ours is meant to be a 400; a route that makes something else of it
+        # does so with vLLM's own validation errors too.
+        is_refusal = any("VLLMValidationError" in line for line in raised)
+        frames = [] if is_refusal else OUR_FRAME.findall(trace)
+        if status == CUT_OFF and not raised:
+            self.failures.append(f"{request.path}: cut off, nothing logged: {_shown(request)}")
         self.server_errors.append(
             {
-                "status": int(status),
+                "status": status,
                 "method": request.method,
                 "path": request.path,
                 "content_type": request.headers.get("Content-Type"),
                 "body": _shown(request),
                 "answer": text[:300],
                 "ours": [f"{path}:{line}" for path, line in frames],
-                "raised": raised[-1][:300] if raised else None,
+                "raised": " -> ".join(dict.fromkeys(raised))[:300] or None,
             }
         )
 
@@ -150,6 +165,11 @@ class Fuzzer:
         with self._args.server_log.open("rb") as file:
             file.seek(start)
             return file.read().decode(errors="replace")
+
+
+def _route(request: HostileRequest) -> str:
+    path = request.path.partition("?")[0]
+    return re.sub(r"^/v1/responses/[^/]+", "/v1/responses/ID", path)[:60]
 
 
 def _shown(request: HostileRequest) -> str:

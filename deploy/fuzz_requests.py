@@ -59,6 +59,9 @@ def bounded(value: Any) -> Any:
     for content, key in _LENGTH_OF.items():
         if content in result and result.get(key) is None:
             result[key] = MAX_NEW_TOKENS
+    sampling = result.get("sampling_params")
+    if isinstance(sampling, dict) and sampling.get("max_tokens") is None:
+        sampling["max_tokens"] = MAX_NEW_TOKENS  # its default is the rest of the context
     return result
 
 

@@ -29,7 +29,9 @@ SIZES = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(300 << 20))
 def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("faults") / "log.txt"
     # Without the prefix cache, an interrupted prefill cannot shorten the next one.
-    with running_server(model_path, log, *FLAGS, *SIZES, "--no-enable-prefix-caching") as running:
+    with running_server(
+        model_path, log, *FLAGS, *SIZES, "--enable-scale-out", "--no-enable-prefix-caching"
+    ) as running:
         yield running
 
 
@@ -107,6 +109,15 @@ def test_options_are_checked_on_every_route_that_generates(server: Server, model
         status, text = server.request(path, body)
         assert status == 400, (path, text)
         assert "'turbo'" in text, (path, text)
+
+
+def test_a_stream_with_absurd_options_says_so(server: Server, model_path: str) -> None:
+    body = _body(model_path, "hi", 1, vllm_xargs={"sparse": "turbo"}, stream=True)
+    # vLLM checks a streamed completion after it has sent the status (docs/known-issues.md).
+    status, text = server.request("/v1/completions", body)
+    assert status in (200, 400)
+    assert "sparse is 'turbo'" in text
+    assert '"code": 400' in text or '"code":400' in text
 
 
 def test_hanging_up_returns_blocks_and_disturbs_nobody(server: Server, model_path: str) -> None:
