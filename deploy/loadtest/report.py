@@ -132,8 +132,8 @@ def introduction(result: dict[str, Any]) -> list[str]:
     loads = "; ".join(f"{name}: {text}" for name, text in WORKLOADS.items() if name in used)
     clients = (
         "Load by vLLM's own benchmark client, closed loop, random tokens, greedy, run on the "
-        "machine named here. Arms ran one after another, and a cell has only as many requests as its "
-        "last column says: small differences are noise."
+        "machine named here. Arms ran one after another, and a cell has only as many requests as "
+        "its last column says: small differences are noise."
     )
     return [
         f"{machine['cpu']}, vLLM {machine['vllm']}, Python {machine['python']}, "
