@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         help="writes FILE.json, FILE.md and FILE.html; finished cells in FILE.json are kept "
         "(build/loadtest)",
     )
+    parser.add_argument("--note", metavar="TEXT", help="for the report's reader: commit, purpose")
     parser.add_argument("--fresh", action="store_true", help="start FILE.json anew")
     return parser
 

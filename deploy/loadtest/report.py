@@ -135,15 +135,17 @@ def introduction(result: dict[str, Any]) -> list[str]:
         "machine named here. Arms ran one after another, and a cell has only as many requests as "
         "its last column says: small differences are noise."
     )
+    days = " and ".join(sorted({record["measured_on"] for record in result["cells"]}))
     return [
-        f"{machine['cpu']}, vLLM {machine['vllm']}, Python {machine['python']}, "
-        f"GPU of this machine: {machine['gpu']}.",
+        f"Measured on {days}: {machine['cpu']}, vLLM {machine['vllm']}, "
+        f"Python {machine['python']}, GPU of this machine: {machine['gpu']}.",
         clients,
         f"Loads: {loads}.",
         "Latencies are median / p90 / p99. Wrong: failed requests and answers that ended early.",
         f"A good request keeps {slo} (vLLM's goodput, which counts answers that ended early too)."
         if slo
         else "No SLO was set.",
+        *result["notes"],
     ]
 
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from deploy.loadtest import grid
@@ -150,6 +151,7 @@ def _run_cell(
     progress: _Progress,
 ) -> None:
     record: dict[str, Any] = {"arm": arm.name, "cell": asdict(cell), "failure": None}
+    record["measured_on"] = datetime.now(UTC).date().isoformat()
     try:
         if plan.left_s() <= 0:
             raise OutOfTime("no time was left (--max-minutes)")

@@ -32,6 +32,7 @@ class Store:
         self.result: dict[str, Any] = {
             "settings": settings,
             "machine": machine,
+            "notes": [],
             "arms": {},
             "cells": [],
             "not_run": [],
@@ -45,7 +46,7 @@ class Store:
             raise UserError(f"--output: {self._path} is not a load test; choose another")
         self._require_same("settings", old["settings"], self.result["settings"], hint)
         self._require_same("machine", old["machine"], self.result["machine"], hint)
-        self.result |= {"arms": old["arms"], "cells": old["cells"]}
+        self.result |= {"arms": old["arms"], "cells": old["cells"], "notes": old["notes"]}
 
     def _require_same(self, what: str, old: dict[str, Any], new: dict[str, Any], hint: str) -> None:
         for key in sorted(old.keys() | new.keys()):
@@ -54,6 +55,11 @@ class Store:
                     f"{self._path} was made with {what} {key} {old.get(key)!r}, now it is "
                     f"{new.get(key)!r}; {hint}"
                 )
+
+    def add_note(self, text: str) -> None:
+        """Keeps what the reader must know beside the figures, once."""
+        if text not in self.result["notes"]:
+            self.result["notes"].append(text)
 
     def add_arm(self, name: str, definition: dict[str, Any]) -> None:
         """Notes what an arm is.

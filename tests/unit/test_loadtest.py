@@ -179,11 +179,13 @@ def _record(arm: str, cell: grid.Cell, tpot_ms: float) -> dict[str, Any]:
     summary = client.summarise(_bench_result(p50_tpot_ms=tpot_ms), [32] * 3)
     figures = endpoint.read_figures(METRICS)
     server = endpoint.difference(endpoint.Figures(), figures, 0.5) | {"metrics_failure": None}
-    return {"arm": arm, "cell": asdict(cell), "failure": None, **summary, "server": server}
+    record = {"arm": arm, "cell": asdict(cell), "failure": None, "measured_on": "2026-11-24"}
+    return record | summary | {"server": server}
 
 
 def _result(tmp_path: Path) -> dict[str, Any]:
     store = Store(tmp_path / "run.json", SETTINGS, MACHINE)
+    store.add_note("commit abc")
     for arm in ("stock", "TIDAL_DECODE"):
         store.add_arm(arm, {"url": "http://127.0.0.1:1", "serve": None})
         for prompt_tokens, ratio in ((512, 1.25), (2048, 0.5)):
@@ -221,6 +223,8 @@ def test_the_report_shows_every_error_and_loads_nothing(tmp_path: Path) -> None:
         assert "not run: no time was left" in shown
         assert "2 of 3" in shown
         assert "short_context: 3" in shown
+        assert "Measured on 2026-11-24: 2 x test" in shown
+        assert "commit abc" in shown
     assert "ValueError: <broken>" in text
     assert "ValueError: &lt;broken&gt;" in page
     assert page.count("src='data:image/svg+xml;base64,") == 2
@@ -238,6 +242,7 @@ def test_a_run_is_continued_where_it_stopped(tmp_path: Path) -> None:
     assert again.has("TIDAL_DECODE", _cell(workload=grid.MIXED))
     assert len(again.result["cells"]) == 5
     assert again.result["not_run"] == []
+    assert again.result["notes"] == ["commit abc"]
 
 
 def test_a_run_with_other_settings_is_not_continued(tmp_path: Path) -> None:
