@@ -14,7 +14,8 @@ from attn_backends.methods import REGISTRY
 from vllm_ext import plugin
 from vllm_ext.cli import main
 from vllm_ext.cli.flags import add_setting_flags, merge_additional_config
-from vllm_ext.cli.serve import check_model, check_port, curl_line
+from vllm_ext.cli.ready import curl_line
+from vllm_ext.cli.serve import check_model, check_port
 from vllm_ext.errors import UserError
 
 

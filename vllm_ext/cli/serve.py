@@ -11,13 +11,9 @@ import difflib
 import json
 import os
 import re
-import shlex
 import socket
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +21,12 @@ from attn_backends.config import POLICY_KEY, ConfigError, parse_config
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.policy.model import PolicyError
 from vllm_ext import access, plugin
+from vllm_ext.cli.cpu_defaults import default_dtype, default_kv_pool_bytes
 from vllm_ext.cli.flags import POLICY_FLAG, add_setting_flags, flag_of, merge_additional_config
 from vllm_ext.cli.policy_file import PolicyFile, read_policy, require_method
-from vllm_ext.engine_process import cpu_dtype
+from vllm_ext.cli.ready import announce_when_ready
 from vllm_ext.errors import UserError
 
-# The KV pool is really resident, and filling it takes about 3 s per GiB at start.
-KV_POOL_BYTES = 2 << 30
-KV_POOL_SHARE = 0.1  # of the memory available, where that is more
 EPILOG = """
 every flag of `vllm serve` works too; `vllm-ext serve --help=all` lists them all
 
@@ -110,43 +104,6 @@ def check_port(host: str, port: int) -> None:
                 f"cannot listen on {host}:{port}: {error.strerror}. If another server runs "
                 f"there, stop it or choose another --port (for example {port + 1})"
             ) from None
-
-
-def default_kv_pool_bytes(rest: list[str]) -> int | None:
-    """Size of the KV pool on CPU where the user gave none; None elsewhere."""
-    from vllm.platforms import current_platform
-
-    sized_by = (
-        "--kv-cache-memory-bytes",
-        "--kv-cache-memory",
-        "--gpu-memory-utilization",
-        "--num-gpu-blocks-override",
-    )
-    given = [word.split("=")[0].replace("_", "-") for word in rest]
-    if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        return None
-    if any(word in sized_by for word in given):
-        return None
-    import psutil
-
-    available_bytes = psutil.virtual_memory().available
-    wanted = max(KV_POOL_BYTES, int(available_bytes * KV_POOL_SHARE))
-    return min(wanted, available_bytes // 2) >> 20 << 20
-
-
-def default_dtype(rest: list[str]) -> list[str]:
-    """``--dtype float32`` on CPUs where bf16 has no instructions, unless the user chose."""
-    from vllm.platforms import current_platform
-
-    is_given = any(word.split("=")[0] == "--dtype" for word in rest)
-    if is_given or not current_platform.is_cpu() or cpu_dtype() == "auto":
-        return []
-    print(
-        f"vllm-ext: dtype {cpu_dtype()}, since this CPU has no AVX-512 and multiplies bfloat16 "
-        "about nine times slower (choose with --dtype)",
-        flush=True,
-    )
-    return ["--dtype", cpu_dtype()]
 
 
 def check_settings(backend: str, settings: dict[str, Any] | None) -> None:
@@ -241,44 +198,6 @@ def _with_suggestions(message: str, flags: list[str]) -> str:
     return "; ".join([message, *hints]) + " (see vllm-ext serve --help)"
 
 
-def curl_line(args: Any) -> str:
-    """A command that asks the server a question; the API key stays in the environment."""
-    model = args.served_model_name[0] if args.served_model_name else args.model
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "max_tokens": 32,
-        "temperature": 0,
-    }
-    has_key = bool(args.api_key or os.environ.get("VLLM_API_KEY"))
-    auth = ' -H "Authorization: Bearer $VLLM_API_KEY"' if has_key else ""
-    url = f"http://{_reachable(args.host)}:{args.port}/v1/chat/completions"
-    data = shlex.quote(json.dumps(body))
-    return f"curl -s {url} -H 'Content-Type: application/json'{auth} -d {data}"
-
-
-def _reachable(host: str | None) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", None: "127.0.0.1"}.get(host, str(host))
-
-
-def _announce_when_ready(args: Any) -> None:
-    url = f"http://{_reachable(args.host)}:{args.port}/health"
-    while True:
-        time.sleep(0.5)
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                break
-        except (urllib.error.URLError, OSError):
-            continue
-    backend = args.attention_backend
-    name = getattr(backend, "name", backend) or "vLLM's own choice"
-    print(
-        f"\nvllm-ext: ready on http://{_reachable(args.host)}:{args.port} "
-        f"(attention backend: {name}). Try it:\n\n  {curl_line(args)}\n",
-        flush=True,
-    )
-
-
 def require_key_everywhere(args: Any) -> None:
     """Adds the middleware that asks for the API key on every route, where a key is set.
 
@@ -353,7 +272,7 @@ def _run(argv: list[str], policy: PolicyFile | None) -> int:
     try:
         validate_parsed_serve_args(args)
         if not args.headless:
-            threading.Thread(target=_announce_when_ready, args=(args,), daemon=True).start()
+            threading.Thread(target=announce_when_ready, args=(args,), daemon=True).start()
         ServeSubcommand.cmd(args)
     except (ConfigError, ValueError, TypeError) as error:
         raise UserError(_reason(error, policy)) from None
