@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import sys
 import time
@@ -25,6 +24,9 @@ from typing import Any
 
 import httpx
 import psutil
+
+from deploy.ray_local import join
+from vllm_ext.bench.decode import machine
 
 ANSWER, ERROR, CUT, HANG, REFUSED = "answer", "clean error", "cut stream", "hang", "no answer"
 OUTCOMES = (ANSWER, ERROR, CUT, HANG, REFUSED)
@@ -277,15 +279,12 @@ def main() -> int:
     targets = args.targets.split(",")
     if unknown := set(targets) - {"actor", "engine"}:
         parser.error(f"--targets has {', '.join(unknown)}; choose from actor, engine")
-    import ray
-
-    ray.init(args.ray_address, namespace="serve", log_to_driver=False, logging_level="ERROR")
+    join(args.ray_address)
     results = asyncio.run(_run(args, targets))
     print(text := table(results))
     if args.output:
         settings = {key: str(value) for key, value in vars(args).items()}
-        machine = {"cores": os.cpu_count(), "machine": platform.machine()}
-        report = {"settings": settings, "machine": machine, "faults": results}
+        report = {"settings": settings, "machine": machine(), "faults": results}
         args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         args.output.with_suffix(".md").write_text(text)
     is_clean = all(

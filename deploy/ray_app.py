@@ -7,6 +7,9 @@ API key, and an error for a stream that broke off.
 
 from __future__ import annotations
 
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -15,9 +18,12 @@ from ray.serve.deployment import Application
 from ray.serve.llm import LLMServingArgs, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from deploy.ray_ingress import endpoints
 from deploy.ray_settings import check_engine_kwargs
+
+logger = logging.getLogger("ray.serve")
 
 
 def require_extension() -> None:
@@ -51,8 +57,24 @@ class ExtLLMServer(LLMServer):
 
         require_extension()
         metrics.create_folder()  # the engine's processes inherit its name
+        if Path(str(self._llm_config.model_loading_config.model_source)).is_dir():
+            # Nothing to download; the task that would see to it takes ten seconds to import vLLM.
+            self._llm_config.get_or_create_callback().ctx.run_init_node = False
         await super().start()
         ray_metrics.start(serve.get_replica_context().replica_id.unique_id)
+
+    async def check_health(self) -> None:
+        """Ends this process when the engine died.
+
+        It cannot come back in here. Until Serve has seen three failed checks it would answer
+        every request with an error, and then hold its place for the graceful shutdown.
+        """
+        try:
+            await super().check_health()
+        except EngineDeadError:
+            logger.critical("the engine died; this replica ends, Serve starts another one")
+            logging.shutdown()
+            os._exit(1)
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -4,14 +4,17 @@
     .venv/bin/python -m deploy.ray_local --config deploy/ray/local-cpu.yaml --port 8000
 
 Starts a Ray of its own on loopback with fixed ports, runs the Serve config on it, and takes
-both down at the end. Other Rays of this machine are left alone (``ray stop`` would not).
+both down at the end. Other Rays of this machine are left alone (``ray stop`` would not). Some of
+Ray's ports listen on all interfaces whatever its address, so that it asks for a token.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -48,6 +51,25 @@ PORT_FLAGS = (
 PORT_SPAN = 80
 OBJECT_STORE_BYTES = 200 << 20  # prompts and answers are small
 STOP_S = 30
+
+
+def use_token() -> None:
+    """Makes this process, its children and its Ray use this environment's token."""
+    path = Path(sys.prefix) / "ray-auth-token"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(path))
+
+
+def join(address: str) -> None:
+    """Connects this process to a node that uses this environment's token."""
+    use_token()
+    logging.disable(logging.WARNING)  # Serve's status imports vLLM, which tells its own story
+    import ray
+
+    ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="ERROR")
 
 
 def ray_ports(first: int) -> dict[str, int]:
@@ -140,10 +162,10 @@ def wait_until_serving(address: str, applications: int, child: Any, log: Path) -
     Raises:
         UserError: an application failed; the message is Serve's.
     """
-    import ray
+    join(address)
+    signal.signal(signal.SIGTERM, _stop)  # Ray's own handler aborts, and children would stay
     from ray import serve
 
-    ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="ERROR")
     while child.poll() is None:
         time.sleep(1)
         states = serve.status().applications
@@ -192,6 +214,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: a port is taken, or something did not start.
     """
     config = load_config(args.config, args.port)
+    use_token()
     for port in ray_ports(args.ray_port).values():
         check_port(NODE_ADDRESS, port)
     applications = config["applications"]

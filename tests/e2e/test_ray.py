@@ -1,0 +1,166 @@
+"""Two Ray replicas as `make ray` starts them; slow, and nothing else may use the machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="Ray is not installed: scripts/setup.sh ray")
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "smollm2-135m-instruct"
+KEY = "test-key"
+PORT, RAY_PORT = 8300, 8310
+METRICS = f"http://127.0.0.2:{RAY_PORT + 6}/metrics"
+ROWS = "ray_vllm_ext_decode_rows_total"
+REPORT_S = 15  # Ray's metrics are behind by up to that
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+def _environment(**more: str) -> dict[str, str]:
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | more
+    env.pop("TRITON_INTERPRET", None)
+    return env
+
+
+@pytest.fixture(scope="module")
+def application(
+    model_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SimpleNamespace]:
+    """The running application: its output so far, and when it was ready."""
+    log = tmp_path_factory.mktemp("ray") / "log.txt"
+    argv = [sys.executable, "-m", "deploy.ray_local", "--port", str(PORT)]
+    argv += ["--ray-port", str(RAY_PORT)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            argv, stdout=output, stderr=output, cwd=ROOT, env=_environment(VLLM_API_KEY=KEY)
+        )
+    started = time.monotonic()
+    while b"vllm-ext: ready on" not in log.read_bytes():
+        if process.poll() is not None or time.monotonic() - started > 300:
+            process.terminate()
+            process.wait(timeout=90)
+            pytest.fail(f"the application did not start:\n{log.read_text()[-4000:]}")
+        time.sleep(0.5)
+    yield SimpleNamespace(log=log.read_text())
+    process.terminate()
+    assert process.wait(timeout=90) == 0
+
+
+@pytest.fixture
+def client(application: SimpleNamespace) -> Any:
+    """OpenAI's own client."""
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key=KEY, timeout=120)
+
+
+def _rows() -> dict[str, float]:
+    """Decode rows by path, over all replicas, from Ray's metrics port."""
+    with urllib.request.urlopen(METRICS, timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    totals = {"sparse": 0.0, "dense": 0.0}
+    for line in lines:
+        if line.startswith(ROWS + "{"):
+            path = "sparse" if 'path="sparse"' in line else "dense"
+            totals[path] += float(line.rpartition(" ")[2])
+    return totals
+
+
+def test_it_answers_whole_and_streaming(client: Any) -> None:
+    question: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    whole = client.chat.completions.create(
+        model=MODEL, messages=question, max_tokens=12, temperature=0
+    )
+    assert "Paris" in whole.choices[0].message.content
+    stream = client.chat.completions.create(
+        model=MODEL, messages=question, max_tokens=12, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert len(pieces) > 3
+
+
+def test_long_prompts_are_served_by_the_method(client: Any) -> None:
+    time.sleep(REPORT_S)
+    before = _rows()
+    for number in range(2):
+        prompt = [100 + (7 * number + 13 * position) % 9000 for position in range(3000)]
+        answer = client.completions.create(
+            model=MODEL,
+            prompt=prompt,
+            max_tokens=64,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert answer.usage.completion_tokens == 64
+    time.sleep(REPORT_S)
+    after = _rows()
+    sparse, dense = (after[path] - before[path] for path in ("sparse", "dense"))
+    assert sparse + dense >= 2 * 63
+    assert sparse / (sparse + dense) > 0.99
+
+
+def test_the_api_key_is_enforced(application: SimpleNamespace) -> None:
+    from openai import AuthenticationError, OpenAI
+
+    wrong = OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="wrong", max_retries=0)
+    with pytest.raises(AuthenticationError):
+        wrong.models.list()
+    assert KEY not in application.log
+    assert "$VLLM_API_KEY" in application.log
+
+
+def test_options_that_cannot_be_honoured_are_a_400(client: Any) -> None:
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError, match="budget_tokens"):
+        client.completions.create(
+            model=MODEL,
+            prompt="hi",
+            max_tokens=2,
+            extra_body={"vllm_xargs": {"budget_tokens": -1}},
+        )
+
+
+def test_a_replica_without_the_extension_refuses_to_start() -> None:
+    code = "from deploy.ray_app import require_extension; require_extension()"
+    for env, is_refused in (({"VLLM_EXT_DISABLE": "1"}, True), ({}, False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=_environment(**env),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (done.returncode != 0) == is_refused, done.stderr
+        assert ("vllm-ext is not active in this replica" in done.stderr) == is_refused
+
+
+def test_without_the_platform_the_methods_name_is_unknown() -> None:
+    code = (
+        "from vllm.engine.arg_utils import AsyncEngineArgs\n"
+        f"AsyncEngineArgs(model='models/{MODEL}', attention_backend='TIDAL_DECODE')"
+        ".create_engine_config()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=_environment(VLLM_EXT_DISABLE="1"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "TIDAL_DECODE" in done.stderr.splitlines()[-1] or "Unknown" in done.stderr
