@@ -50,7 +50,7 @@ PORT_FLAGS = (
 )
 PORT_SPAN = 80
 OBJECT_STORE_BYTES = 200 << 20  # prompts and answers are small
-STOP_S = 30
+STOP_S = 60
 
 
 def use_token() -> None:
@@ -221,6 +221,8 @@ def run(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-ext-ray-")))
         (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+        # Ray's workers would yield to everything else on the machine (niceness 15).
+        os.environ.setdefault("RAY_worker_niceness", "0")
         log = folder / "ray.log"
         head = stack.enter_context(
             running("Ray", head_command(args.ray_port, args.num_cpus), log, signal.SIGTERM)
