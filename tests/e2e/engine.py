@@ -56,7 +56,7 @@ def run_engine(
             env=full_env,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1500,
         )
         if done.returncode != 0:
             raise RuntimeError(f"engine {engine} failed:\n{done.stderr[-6000:]}")
