@@ -111,6 +111,32 @@ def test_long_prompts_are_served_by_the_method(client: Any) -> None:
     assert sparse / (sparse + dense) > 0.99
 
 
+def test_prompts_without_text_do_not_hang(client: Any) -> None:
+    from openai import APIStatusError
+
+    for prompt in ("", [], [17]):
+        try:
+            client.with_options(timeout=30, max_retries=0).completions.create(
+                model=MODEL, prompt=prompt, max_tokens=1
+            )
+        except APIStatusError as error:
+            assert error.status_code == 400, prompt
+
+
+def test_the_router_sees_the_prefixes_of_token_ids() -> None:
+    from deploy.ray_router import PrefixRouter
+
+    router = object.__new__(PrefixRouter)  # the method needs no cluster
+
+    def text(**request: Any) -> str | None:
+        return router._extract_text_from_request(SimpleNamespace(args=[SimpleNamespace(**request)]))
+
+    assert text(prompt=[5, 6]) == text(prompt=[[5, 6], [7]]) == "5 6"
+    assert text(prompt="ab") == text(prompt=["a", "b"]) == "ab"
+    assert text(messages=[{"role": "user", "content": "hi"}]) == "hi"
+    assert text(prompt="") is text(prompt=[]) is text(prompt=None) is text() is None
+
+
 def test_the_api_key_is_enforced(application: SimpleNamespace) -> None:
     from openai import AuthenticationError, OpenAI
 
