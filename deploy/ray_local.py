@@ -122,6 +122,7 @@ def running(name: str, argv: list[str], log: Path) -> Iterator[Any]:
     try:
         yield child
     finally:
+        print(f"vllm-ext: stopping {name} ...", flush=True)
         child.terminate()
         try:
             child.wait(timeout=STOP_S)

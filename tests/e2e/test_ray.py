@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,15 +113,12 @@ def test_long_prompts_are_served_by_the_method(client: Any) -> None:
 
 
 def test_prompts_without_text_do_not_hang(client: Any) -> None:
-    from openai import APIStatusError
+    from openai import BadRequestError
 
+    patient = client.with_options(timeout=30, max_retries=0)
     for prompt in ("", [], [17]):
-        try:
-            client.with_options(timeout=30, max_retries=0).completions.create(
-                model=MODEL, prompt=prompt, max_tokens=1
-            )
-        except APIStatusError as error:
-            assert error.status_code == 400, prompt
+        with suppress(BadRequestError):
+            patient.completions.create(model=MODEL, prompt=prompt, max_tokens=1)
 
 
 def test_the_router_sees_the_prefixes_of_token_ids() -> None:
