@@ -112,8 +112,8 @@ def load_config(path: Path, port: int | None) -> dict[str, Any]:
 
 
 @contextmanager
-def running(name: str, argv: list[str], log: Path, stop: signal.Signals) -> Iterator[Any]:
-    """A child process, ended with its own signal and, if that takes long, killed."""
+def running(name: str, argv: list[str], log: Path) -> Iterator[Any]:
+    """A child process, terminated at the end and, if that takes long, killed."""
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches us only, and we end children in order.
         child = subprocess.Popen(
@@ -122,7 +122,8 @@ def running(name: str, argv: list[str], log: Path, stop: signal.Signals) -> Iter
     try:
         yield child
     finally:
-        child.send_signal(stop)
+        print(f"vllm-ext: stopping {name} ...", flush=True)
+        child.terminate()
         try:
             child.wait(timeout=STOP_S)
         except subprocess.TimeoutExpired:
@@ -224,16 +225,14 @@ def run(args: argparse.Namespace) -> None:
         # Ray's workers would yield to everything else on the machine (niceness 15).
         os.environ.setdefault("RAY_worker_niceness", "0")
         log = folder / "ray.log"
-        head = stack.enter_context(
-            running("Ray", head_command(args.ray_port, args.num_cpus), log, signal.SIGTERM)
-        )
+        head = stack.enter_context(running("Ray", head_command(args.ray_port, args.num_cpus), log))
         wait_for_port(NODE_ADDRESS, args.ray_port, head, log)
         address = f"{NODE_ADDRESS}:{args.ray_port}"
         print(f"vllm-ext: Ray runs on {address}; loading the replicas ...", flush=True)
         serve_argv = [str(Path(sys.executable).with_name("serve")), "run", "--address", address]
         serve_log = folder / "serve.log"
         serving = stack.enter_context(
-            running("Serve", [*serve_argv, str(folder / "serve.yaml")], serve_log, signal.SIGINT)
+            running("Serve", [*serve_argv, str(folder / "serve.yaml")], serve_log)
         )
         wait_until_serving(address, len(applications), serving, serve_log)
         while not answers(config):

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +110,29 @@ def test_long_prompts_are_served_by_the_method(client: Any) -> None:
     sparse, dense = (after[path] - before[path] for path in ("sparse", "dense"))
     assert sparse + dense >= 2 * 63
     assert sparse / (sparse + dense) > 0.99
+
+
+def test_prompts_without_text_do_not_hang(client: Any) -> None:
+    from openai import BadRequestError
+
+    patient = client.with_options(timeout=30, max_retries=0)
+    for prompt in ("", [], [17]):
+        with suppress(BadRequestError):
+            patient.completions.create(model=MODEL, prompt=prompt, max_tokens=1)
+
+
+def test_the_router_sees_the_prefixes_of_token_ids() -> None:
+    from deploy.ray_router import PrefixRouter
+
+    router = object.__new__(PrefixRouter)  # the method needs no cluster
+
+    def text(**request: Any) -> str | None:
+        return router._extract_text_from_request(SimpleNamespace(args=[SimpleNamespace(**request)]))
+
+    assert text(prompt=[5, 6]) == text(prompt=[[5, 6], [7]]) == "5 6"
+    assert text(prompt="ab") == text(prompt=["a", "b"]) == "ab"
+    assert text(messages=[{"role": "user", "content": "hi"}]) == "hi"
+    assert text(prompt="") is text(prompt=[]) is text(prompt=None) is text() is None
 
 
 def test_the_api_key_is_enforced(application: SimpleNamespace) -> None:
