@@ -194,11 +194,12 @@ async def one_fault(args: argparse.Namespace, target: str) -> dict[str, Any]:
         killed = time.monotonic()
         victim.kill()
         print(f"{target}: killed process {victim.pid}", flush=True)
-        back_s = None
+        back_s, was_seen_down = None, False
         while time.monotonic() - killed < args.give_up_s:
             await asyncio.sleep(0.5)
-            now = {process.pid for process in replicas(args.ray_address)} - {replica.pid}
-            if len(now) == len(before) and await asyncio.to_thread(num_serving) == len(before):
+            serving = await asyncio.to_thread(num_serving)
+            was_seen_down = was_seen_down or serving < len(before)
+            if was_seen_down and serving == len(before):
                 back_s = time.monotonic() - killed
                 break
         print(f"{target}: all replicas serve again after {back_s} s", flush=True)

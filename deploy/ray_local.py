@@ -224,6 +224,8 @@ def run(args: argparse.Namespace) -> None:
         (folder / "serve.yaml").write_text(yaml.safe_dump(config))
         # Ray's workers would yield to everything else on the machine (niceness 15).
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Ray would wait half a minute for Serve to move the replicas to another node.
+        os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
         log = folder / "ray.log"
         head = stack.enter_context(running("Ray", head_command(args.ray_port, args.num_cpus), log))
         wait_for_port(NODE_ADDRESS, args.ray_port, head, log)
