@@ -14,6 +14,10 @@ from attn_backends.plan import AnchorState, LayerSchedule
 from attn_backends.recall import RecallWatch
 from kvcache.retention import KeepAll, RetentionPolicy
 
+# What ``Selector.row_reasons`` says of rows that leave something out of what they read: their
+# recall is watched and they are audited.
+SELECTING = (("sparse", "selected"), ("sparse", "guard_raised"))
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -64,7 +68,8 @@ class Selector(Protocol):
     def row_reasons(
         self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
     ) -> list[tuple[str, str]]:
-        """Which way each decode row goes: (path, reason), the labels of the metric.
+        """Which way each decode row goes: (path, reason), the labels of the metric. Rows that
+        leave something out have one of ``SELECTING``.
 
         Args:
             seq_lens_cpu: ``[num_reqs]`` on the host.

@@ -187,7 +187,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         views: tuple[torch.Tensor, torch.Tensor],
         selection: BlockSelection,
     ) -> None:
-        """Adds to the checked rows' served recall; the layer's output is not touched."""
+        """Lowers the checked rows' served recall to this layer's; its output is not touched."""
         assert plan.checked is not None
         assert plan.anchor is not None
         rows = plan.checked.rows

@@ -27,7 +27,7 @@ from attn_backends.adapter.sharing import shared_selector
 from attn_backends.adapter.windows import WindowPlans
 from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
-from attn_backends.method import SparseMethod
+from attn_backends.method import SELECTING, SparseMethod
 from attn_backends.ops.dispatch import OpContext
 from attn_backends.plan import CheckedRows, DecodePlan, LayerRole
 from kvcache.layout import PagedKVLayout
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 logger = logging.getLogger("vllm.vllm_ext")
-
-SELECTING = (("sparse", "selected"), ("sparse", "guard_raised"))  # rows that leave something out
 
 
 @dataclass

@@ -43,12 +43,12 @@ class FigureFiles:
             labels: by name.
             total: never falls.
         """
-        key = mmap_key(name, name + "_total", list(labels), list(labels.values()), text)
+        key = _key(name, name + "_total", tuple(labels.items()), text)
         self._counters.write_value(key, float(total), 0.0)
 
     def set_gauge(self, name: str, text: str, labels: dict[str, str], value: float) -> None:
         """Sets a gauge; ``MmapedDict`` chooses "mostrecent" ones by their time stamp."""
-        key = mmap_key(name, name, list(labels), list(labels.values()), text)
+        key = _key(name, name, tuple(labels.items()), text)
         self._gauges.write_value(key, float(value), time.time())
 
     def set_histogram(
@@ -70,13 +70,20 @@ class FigureFiles:
             total: sum of all observations.
         """
         for bound, count in counts.items():
-            with_bound = labels | {"le": floatToGoString(bound)}
-            key = mmap_key(
-                name, name + "_bucket", list(with_bound), list(with_bound.values()), text
-            )
+            with_bound = (*labels.items(), ("le", floatToGoString(bound)))
+            key = _key(name, name + "_bucket", with_bound, text)
             self._histograms.write_value(key, float(count), 0.0)
-        key = mmap_key(name, name + "_sum", list(labels), list(labels.values()), text)
+        key = _key(name, name + "_sum", tuple(labels.items()), text)
         self._histograms.write_value(key, total, 0.0)
+
+
+@cache
+def _key(name: str, sample: str, labels: tuple[tuple[str, str], ...], text: str) -> str:
+    """prometheus_client's key: JSON, made once and not in every step."""
+    key: str = mmap_key(
+        name, sample, [label for label, _ in labels], [value for _, value in labels], text
+    )
+    return key
 
 
 def figure_files() -> FigureFiles | None:

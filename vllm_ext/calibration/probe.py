@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -102,6 +102,50 @@ class Probe:
         blocks = self._visible_blocks[:, heads].transpose(0, 1)
         tokens = blocks.repeat_interleave(self.budget.block_size, dim=2)[..., :seq_len]
         return tokens.repeat_interleave(query.shape[0] // num_kv_heads, dim=0)
+
+
+class PassObserver:
+    """Looks at one dense pass of a probed model; use as a context manager around it.
+
+    Subclasses have ``before_layer``, called with every layer's input ``[seq_len, hidden]``, and
+    ``observe``, called as ``Probe.observers`` are.
+    """
+
+    def __init__(self, model: Any, probe: Probe) -> None:
+        self._model, self._probe = model, probe
+        self._handles: list[Any] = []
+
+    def before_layer(self, hidden: torch.Tensor) -> None:
+        """A layer begins."""
+        raise NotImplementedError
+
+    def observe(
+        self,
+        layer: int,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """A layer's attention is about to be computed."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            self.before_layer((args[0] if args else kwargs["hidden_states"])[0])
+
+        self._handles = [
+            layer.register_forward_pre_hook(before, with_kwargs=True)
+            for layer in self._model.model.layers
+        ]
+        self._probe.observers.append(self.observe)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._probe.observers.remove(self.observe)
 
 
 def block_weights(

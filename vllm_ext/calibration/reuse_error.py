@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from vllm_ext.calibration.probe import Probe, block_weights, chosen_blocks, mass_of
+from vllm_ext.calibration.probe import PassObserver, Probe, block_weights, chosen_blocks, mass_of
 
 
-class ReuseErrors:
+class ReuseErrors(PassObserver):
     """Observes one prefill of a probed model; use as a context manager around it.
 
     Attributes:
@@ -29,29 +29,15 @@ class ReuseErrors:
     """
 
     def __init__(self, model: Any, probe: Probe, positions: torch.Tensor) -> None:
+        super().__init__(model, probe)
         self.positions = positions
         self.by_layer: list[torch.Tensor] = []
-        self._model, self._probe = model, probe
         self._residual_power = torch.ones(len(positions))
         self._chosen: list[torch.Tensor] = []  # per layer [num_positions, heads, blocks]
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> ReuseErrors:
-        def before(module: Any, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            self._residual_power = x[0, self.positions].square().sum(-1)
-
-        layers = self._model.model.layers
-        self._handles = [
-            layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers
-        ]
-        self._probe.observers.append(self._observe)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._probe.observers.remove(self._observe)
+    def before_layer(self, hidden: torch.Tensor) -> None:
+        """See ``PassObserver``."""
+        self._residual_power = hidden[self.positions].square().sum(-1)
 
     def matrix(self) -> torch.Tensor:
         """``[num_layers a, num_layers b, num_kv_heads of a, num_kv_heads of b]``, infinite where
@@ -64,7 +50,7 @@ class ReuseErrors:
             result[: layer + 1, layer] = errors
         return result
 
-    def _observe(
+    def observe(
         self,
         layer: int,
         module: Any,
@@ -73,6 +59,7 @@ class ReuseErrors:
         value: torch.Tensor,
         scale: float,
     ) -> None:
+        """See ``PassObserver``."""
         budget, num_kv_heads = self._probe.budget, key.shape[0]
         asked = query[:, self.positions]
         weights = block_weights(asked, key, self.positions, scale, budget.block_size)

@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from attn_backends.findings import SecondarySink, SinkFindings
-from vllm_ext.calibration.probe import Probe, block_weights
+from vllm_ext.calibration.probe import PassObserver, Probe, block_weights
 from vllm_ext.calibration.reuse_error import spread_positions
 
 EPSILON = 0.3
@@ -66,30 +66,13 @@ class PromptSinks:
     cosine: torch.Tensor  # [layers, seq_len], of layer inputs with the first token's
 
 
-class SinkMeasure:
+class SinkMeasure(PassObserver):
     """Measures one prefill of a probed model; use as a context manager around it."""
 
     def __init__(self, model: Any, probe: Probe, num_tokens: int) -> None:
-        self._model, self._probe = model, probe
+        super().__init__(model, probe)
         self._positions = spread_positions(num_tokens, _LATE_QUERIES).to(model.device)
         self._rows: dict[str, list[torch.Tensor]] = {}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> SinkMeasure:
-        def before(module: Any, args: Any, kwargs: Any) -> None:
-            self._look((args[0] if args else kwargs["hidden_states"])[0])
-
-        layers = self._model.model.layers
-        self._handles = [
-            layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers
-        ]
-        self._probe.observers.append(self._observe)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._probe.observers.remove(self._observe)
 
     def result(self) -> PromptSinks:
         """After the pass."""
@@ -99,10 +82,11 @@ class SinkMeasure:
         for name, value in measured.items():
             self._rows.setdefault(name, []).append(value)
 
-    def _look(self, hidden: torch.Tensor) -> None:
+    def before_layer(self, hidden: torch.Tensor) -> None:
+        """See ``PassObserver``."""
         self._keep(cosine=cosine_similarity(hidden, hidden[0], dim=-1))
 
-    def _observe(
+    def observe(
         self,
         layer: int,
         module: Any,
@@ -111,6 +95,7 @@ class SinkMeasure:
         value: torch.Tensor,
         scale: float,
     ) -> None:
+        """See ``PassObserver``."""
         seq_len = key.shape[1]
         span = torch.arange(min(SPAN_TOKENS, seq_len), device=key.device)
         early = _attention(query[:, span], key[:, span], span, scale)

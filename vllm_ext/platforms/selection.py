@@ -10,7 +10,7 @@ from attn_backends.adapter.checks import check_method, refuse, unsupported_reaso
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.requests import parse_options
 from attn_backends.budget import BudgetConfig
-from attn_backends.config import ConfigError
+from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.methods import load_method
 from vllm_ext import metrics
 
@@ -57,12 +57,7 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
             "; ".join(reasons),
         )
     check_method(config, cache.block_size)
-    for field in ("recall_floor", "audit_share"):
-        if device_type != "cpu" and getattr(config, field, False):
-            raise ConfigError(
-                f"vllm_ext.{field} is {getattr(config, field)}, but it is only tested on CPUs; "
-                "set it to 0 on a GPU"
-            )
+    _check_watching(config, device_type, vllm_config.parallel_config.world_size)
     schedule = None
     if vllm_config.model_config is not None and not reasons:
         # Asked for here already: a bad profile or policy must not wait for workers.
@@ -70,6 +65,24 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
     if not reasons:
         vllm_config.parallel_config.worker_cls = WORKERS[device_type][1]
     _active.update(method=method, config=config, is_served=not reasons, schedule=schedule)
+
+
+def _check_watching(config: MethodConfig, device_type: str, num_workers: int) -> None:
+    """Refuses guard and audit where they would not do what they say.
+
+    Each worker of a tensor-parallel group sees its own heads: guards would decide differently,
+    and every worker would count the audit's rows.
+
+    Raises:
+        ConfigError: names the setting, and where it works.
+    """
+    for field in ("recall_floor", "audit_share"):
+        value = getattr(config, field, False)
+        if value and (device_type != "cpu" or num_workers > 1):
+            raise ConfigError(
+                f"vllm_ext.{field} is {value}, but it works on CPUs with one worker per replica "
+                f"only (here: {num_workers} on {device_type}); set it to 0"
+            )
 
 
 def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> None:
