@@ -49,7 +49,17 @@ def test_methods_table_has_every_method(capsys: pytest.CaptureFixture[str]) -> N
         ),
         (["serve", "MODEL", "--additional-config", "{"], ["--additional-config", "JSON"]),
         (["doctor", "--attention-backend", "NOPE"], ["NOPE", "SINK_WINDOW"]),
-        (["bench", "decode", "--arms", "stock,NOPE"], ["NOPE"]),
+        (["bench", "decode", "--arms", "stock,NOPE"], ["NOPE", "SINK_WINDOW"]),
+        (["bench", "decode", "--arms", "stock,stock"], ["twice"]),
+        (["bench", "decode", "--arms", "stock:kernel=cpu"], ["kernel=cpu", "stock", "none"]),
+        (
+            ["bench", "decode", "--arms", "TIDAL_DECODE:budget=5"],
+            ["budget=5", "budget_tokens", "TIDAL_DECODE:"],
+        ),
+        (
+            ["bench", "decode", "--arms", "TIDAL_DECODE:budget_tokens=many"],
+            ["budget_tokens=many", "int"],
+        ),
         (["bench", "decode", "--batch", "0", "--model", "MODEL"], ["--batch"]),
     ],
 )

@@ -18,13 +18,63 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_backends.config import known_settings
+from attn_backends.config import known_settings, settings_of
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.engine_process import EngineProcess, kv_token_bytes
+from vllm_ext.errors import UserError
 from vllm_ext.plugin import DISABLE_ENV, vllm_version
 
 STOCK = "stock"  # extension switched off
 INSTALLED = "installed"  # extension active, no method chosen
+EXAMPLE_ARM = "TIDAL_DECODE:budget_tokens=256:kernel=cpu"
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": lambda text: {"true": True, "false": False}[text],
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of the comparison.
+
+    Attributes:
+        name: as the user wrote it.
+        engine: ``stock``, ``installed`` or a method's name.
+        settings: of this arm alone.
+    """
+
+    name: str
+    engine: str
+    settings: dict[str, Any]
+
+
+def parse_arm(text: str) -> Arm:
+    """An arm from ``ENGINE`` or ``METHOD:setting=value:...``, such as ``EXAMPLE_ARM``.
+
+    Raises:
+        UserError: an unknown engine or setting, or a value of another type.
+    """
+    engine, *pairs = text.split(":")
+    if engine not in (STOCK, INSTALLED, *REGISTRY):
+        known = ", ".join((STOCK, INSTALLED, *REGISTRY))
+        raise UserError(f"--arms: unknown {engine}; choose from {known}")
+    known_fields = settings_of(load_method(engine).config_cls) if engine in REGISTRY else {}
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key not in known_fields:
+            raise UserError(
+                f"--arms: {pair!r} is no setting=value of {engine}, which knows "
+                f"{', '.join(known_fields) or 'none'}; {EXAMPLE_ARM} works"
+            )
+        type_name = str(known_fields[key].type)
+        try:
+            settings[key] = _PARSERS[type_name](value)
+        except (ValueError, KeyError):
+            raise UserError(f"--arms: {pair!r} must be of type {type_name}") from None
+    return Arm(text, engine, settings)
 
 
 @dataclass(frozen=True)
@@ -49,13 +99,13 @@ class Workload:
     seed: int = 0
 
 
-def start_arm(name: str, workload: Workload, settings: dict[str, Any]) -> EngineProcess:
+def start_arm(arm: Arm, workload: Workload, settings: dict[str, Any]) -> EngineProcess:
     """The engine of one side of the comparison, large enough for every cell.
 
     Args:
-        name: ``stock``, ``installed`` or a method's name.
+        arm: which one.
         workload: what it must hold.
-        settings: ours; those that the method does not know are not given to it.
+        settings: of all arms; those that the method does not know are not given to it.
 
     Raises:
         UserError: it did not start; the message has the end of its log.
@@ -71,11 +121,11 @@ def start_arm(name: str, workload: Workload, settings: dict[str, Any]) -> Engine
         "enforce_eager": workload.is_eager,
         "seed": 0,
     }
-    if name in REGISTRY:
-        own = known_settings(load_method(name).config_cls, settings)
-        engine |= {"attention_backend": name}
+    if arm.engine in REGISTRY:
+        own = known_settings(load_method(arm.engine).config_cls, settings) | arm.settings
+        engine |= {"attention_backend": arm.engine}
         engine |= {"additional_config": {"vllm_ext": own}} if own else {}
-    return EngineProcess(name, engine, {DISABLE_ENV: "1" if name == STOCK else None})
+    return EngineProcess(arm.name, engine, {DISABLE_ENV: "1" if arm.engine == STOCK else None})
 
 
 def _kv_bytes(workload: Workload) -> int:
@@ -103,13 +153,13 @@ def tpot_ms(arm: EngineProcess, prompts: list[list[int]], workload: Workload) ->
 
 
 def run(
-    workload: Workload, arm_names: list[str], settings: dict[str, Any], echo: Callable[[str], None]
+    workload: Workload, compared: list[Arm], settings: dict[str, Any], echo: Callable[[str], None]
 ) -> dict[str, Any]:
     """Times all arms in all cells.
 
     Args:
         workload: what to time.
-        arm_names: ``stock``, ``installed`` or a method's name; the first is the baseline.
+        compared: the arms; the first is the baseline.
         settings: vllm_ext settings for the method arms.
         echo: progress lines go here.
 
@@ -120,17 +170,17 @@ def run(
     arms: list[EngineProcess] = []
     cells = []
     try:
-        for name in arm_names:
-            echo(f"{name}: starting ...")
-            arms.append(start_arm(name, workload, settings))
+        for arm in compared:
+            echo(f"{arm.name}: starting ...")
+            arms.append(start_arm(arm, workload, settings))
         for cell in workload.cells:
             samples = _time_cell(workload, cell, arms, echo)
-            baseline = samples[arm_names[0]]
-            figures = {name: _summary(samples[name], baseline) for name in arm_names}
+            baseline = samples[compared[0].name]
+            figures = {name: _summary(values, baseline) for name, values in samples.items()}
             cells.append(asdict(cell) | {"arms": figures})
     finally:
-        for arm in arms:
-            arm.close()
+        for engine in arms:
+            engine.close()
     return {
         "workload": asdict(workload),
         "settings": settings,

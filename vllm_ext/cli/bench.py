@@ -54,7 +54,8 @@ def _add_decode_flags(parser: argparse.ArgumentParser) -> None:
         "--arms",
         default=f"{decode.STOCK},{decode.INSTALLED},SPARSE_FULL",
         help="comma-separated; stock (extension off), installed (no method chosen) or a "
-        f"method: {', '.join(REGISTRY)}. Ratios are to the first",
+        f"method: {', '.join(REGISTRY)}, alone or with settings of its own, "
+        f"{decode.EXAMPLE_ARM}. Ratios are to the first",
     )
     add_setting_flags(parser)
 
@@ -120,10 +121,9 @@ def main(argv: list[str]) -> int:
 
 
 def _decode(args: argparse.Namespace) -> int:
-    arms = _names(args.arms)
-    unknown = [n for n in arms if n not in (decode.STOCK, decode.INSTALLED, *REGISTRY)]
-    if unknown:
-        raise UserError(f"--arms: unknown {', '.join(unknown)}; see --help")
+    arms = [decode.parse_arm(text) for text in _names(args.arms)]
+    if len({arm.name for arm in arms}) < len(arms):
+        raise UserError(f"--arms: {args.arms} names an arm twice")
     if not Path(args.model, "config.json").is_file():
         raise UserError(f"--model: {args.model} is not a model folder; run vllm-ext demo-model")
     _require_positive(args, "rounds")
