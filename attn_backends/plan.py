@@ -22,11 +22,14 @@ class LayerRole(Enum):
     REUSE = "reuse"
     """Reads the last anchor's selection, through its head map."""
     SELF = "self"
-    """Chooses from its own attention mass and reads only that: the top-k oracle, no cheaper
-    than dense, for evaluation."""
+    """Scores all keys, chooses from its own attention mass and attends only that. An anchor, too,
+    for the layers after it; in every layer the top-k oracle, for evaluation."""
     DROP = "drop"
     """Attends nothing, in prefill as in decode: its output is zero, and no KV cache is allocated
     for it. What a dropped layer would have added is lost to every later layer."""
+
+
+SELECTING_ROLES = frozenset({LayerRole.ANCHOR, LayerRole.SELF})
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class LayerSchedule:
         if len(self.dropped) == len(self.roles):
             raise ValueError("LayerSchedule.roles drops every layer; keep at least one")
         for layer, role in enumerate(self.roles):
-            if role is LayerRole.REUSE and LayerRole.ANCHOR not in self.roles[:layer]:
+            if role is LayerRole.REUSE and not SELECTING_ROLES & set(self.roles[:layer]):
                 raise ValueError(f"layer {layer} reuses a selection, but no anchor is before it")
 
     @property

@@ -101,15 +101,20 @@ def _divergence(dense: torch.Tensor, served: torch.Tensor) -> tuple[list[float],
 def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str) -> int:
     """Bytes of keys and values that a layer did not read.
 
-    The counts are the last anchor's: budgets are the same for all anchors of a step.
+    The counts are the last anchor's: budgets are the same for all anchors of a step. A layer
+    that chooses for itself reads all keys and, of what it chose, keys and values again.
     """
     plan: DecodePlan = served[layer_name].plan
-    if plan.roles[layer_name] is not LayerRole.REUSE:
+    role = plan.roles[layer_name]
+    if role not in (LayerRole.REUSE, LayerRole.SELF):
         return 0
     assert plan.decode is not None
     assert plan.selection is not None
     layer = get_forward_context().no_compile_layers[layer_name]
     block_size, double_head = layer.kv_cache.shape[2:]
     num_blocks = (plan.decode.seq_lens + block_size - 1) // block_size
-    skipped_blocks = int((num_blocks[:, None] - plan.selection.counts).clamp_min(0).sum())
-    return int(skipped_blocks * block_size * double_head * layer.kv_cache.element_size())
+    chosen = plan.selection.counts.minimum(num_blocks[:, None])
+    half_blocks = 2 * int((num_blocks[:, None] - chosen).sum())  # a block's keys, or its values
+    if role is LayerRole.SELF:
+        half_blocks = half_blocks // 2 - int(chosen.sum())
+    return int(half_blocks * block_size * double_head // 2 * layer.kv_cache.element_size())

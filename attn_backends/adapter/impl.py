@@ -12,7 +12,7 @@ from attn_backends.adapter.ops import ORDER_OF_DEVICE, Ops, resolve_ops
 from attn_backends.batch import BlockSelection
 from attn_backends.config import ConfigError
 from attn_backends.ops.dispatch import OpContext, OpImpl
-from attn_backends.plan import DecodePlan, LayerRole
+from attn_backends.plan import SELECTING_ROLES, DecodePlan, LayerRole
 from attn_backends.recall import SERVED, inherited_recall, own_recall, served_recall
 from kvcache.layout import PagedKVLayout, kv_views
 
@@ -150,10 +150,11 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             ops.anchor_decode.run(query, *views, decode, self.scale, out, None)
             return
         assert selection is not None
-        if role in (LayerRole.ANCHOR, LayerRole.SELF):
+        if role in SELECTING_ROLES:
             assert plan.anchor is not None
             anchor = plan.anchor
-            ops.anchor_decode.run(query, *views, decode, self.scale, out, anchor.block_mass)
+            attended = out if role is LayerRole.ANCHOR else None
+            ops.anchor_decode.run(query, *views, decode, self.scale, attended, anchor.block_mass)
             own, inherited, _ = anchor.recall.unbind(1)
             if layer_name in plan.inheriting:
                 before = inherited_recall(anchor.block_mass, selection)
@@ -193,10 +194,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         rows = plan.checked.rows
         # The last anchor's masses have been used: their memory holds this layer's.
         mass = plan.anchor.block_mass[: len(rows)]
-        asked = query[rows]
-        ops.anchor_decode.run(
-            asked, *views, plan.checked.batch, self.scale, torch.empty_like(asked), mass
-        )
+        ops.anchor_decode.run(query[rows], *views, plan.checked.batch, self.scale, None, mass)
         given = BlockSelection(selection.logical_blocks[rows], selection.counts[rows])
         best = BlockSelection(
             torch.empty_like(given.logical_blocks), torch.empty_like(given.counts)

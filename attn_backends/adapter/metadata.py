@@ -29,7 +29,7 @@ from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
 from attn_backends.method import SELECTING, SparseMethod
 from attn_backends.ops.dispatch import OpContext
-from attn_backends.plan import CheckedRows, DecodePlan, LayerRole
+from attn_backends.plan import SELECTING_ROLES, CheckedRows, DecodePlan, LayerRole
 from kvcache.layout import PagedKVLayout
 
 if TYPE_CHECKING:
@@ -94,8 +94,9 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             for name, index in indices.items()
             if index in schedule.head_maps
         }
-        anchors = [i for i, role in enumerate(schedule.roles) if role is LayerRole.ANCHOR]
-        self._inheriting = frozenset(n for n, i in indices.items() if i in anchors[1:])
+        anchors = [i for i, role in enumerate(schedule.roles) if role in SELECTING_ROLES]
+        inheriting = anchors[1:] if LayerRole.REUSE in schedule.roles else []
+        self._inheriting = frozenset(n for n, i in indices.items() if i in inheriting)
         self._selector = (
             shared_selector(
                 next(iter(layers.values())),

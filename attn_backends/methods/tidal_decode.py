@@ -4,9 +4,10 @@ Papers: TidalDecode, arXiv 2410.05076 (position-persistent sparse decode); Kasca
 2512.16391 (per-KV-head selection, calibrated anchors, head maps). We follow Kascade where
 they differ: the blocks of a KV head are chosen by the softmax mass summed over its query
 heads, and not by raw logits per query head. We differ from both: selection is by KV block,
-sink and recent blocks are forced (TidalDecode's code can drop even the current token),
-anchors attend densely, and only decode rows are sparse, so that chunked prefill and
-multi-turn prompts stay exact.
+sink and recent blocks are forced (TidalDecode's code can drop even the current token), and only
+decode rows are sparse, so that chunked prefill and multi-turn prompts stay exact. Anchors attend
+everything in both papers; ours may also score all keys and attend only what they select, which
+reads half as much (``anchor_attention``).
 
 Selection is made again in every step. A policy (docs/policy.md) may give layers other roles,
 a window of their own among them, and rows a budget by their length.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 
 from attn_backends.batch import RowOptions
 from attn_backends.budget import PRESETS, BudgetConfig, BudgetSelector, prompts_cached
-from attn_backends.config import POLICY_KEY
+from attn_backends.config import POLICY_KEY, ConfigError
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.policy.composition import compose, retention_of
@@ -38,6 +39,7 @@ logger = logging.getLogger("vllm.vllm_ext")
 
 FALLBACK_DENSE_LAYERS = 2
 FALLBACK_ANCHOR_STRIDE = 2
+ANCHOR_ATTENTION = ("full", "selected")
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,22 @@ class TidalConfig(BudgetConfig):
 
     Attributes:
         profile: path of a profile, or ``auto`` for the one shipped for this model.
+        anchor_attention: ``full`` or ``selected``; anchor layers score all keys in either case,
+            and attend everything or only what they select, without reading other values.
         policy: of layers, budgets and presets; read from a document (``compose``).
     """
 
     profile: str = "auto"
+    anchor_attention: str = "full"
     policy: Policy = NO_POLICY
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.anchor_attention not in ANCHOR_ATTENTION:
+            raise ConfigError(
+                f"vllm_ext.anchor_attention is {self.anchor_attention!r}; choose one of "
+                f"{', '.join(ANCHOR_ATTENTION)}"
+            )
         forced_tokens = max(1, self.sink_tokens + self.recent_tokens)
         self.policy.require_budgets(forced_tokens, self.min_context_tokens)
 
@@ -138,7 +148,11 @@ def _schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
             "another anchor than in the profile, whose head maps do not apply there: each KV "
             "head follows the anchor's same one, uncalibrated"
         )
-    return composition.schedule
+    if config.anchor_attention == "full":
+        return composition.schedule
+    swap = {LayerRole.ANCHOR: LayerRole.SELF}
+    roles = tuple(swap.get(role, role) for role in composition.schedule.roles)
+    return replace(composition.schedule, roles=roles)
 
 
 def _retention(config: TidalConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:

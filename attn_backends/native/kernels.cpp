@@ -213,14 +213,15 @@ struct BlockStats {
 };
 
 // Attention of one decode row's head group over selected blocks [first, last). Where stats are
-// given, those of block i and head g go to index g * stats_width + i.
+// given, those of block i and head g go to index g * stats_width + i. Where out is null, keys
+// alone are read.
 template <typename T>
 void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head, int64_t first,
                   int64_t last, float* scratch, SoftmaxState* states, float* out,
                   BlockStats stats, int64_t stats_width) {
   const int64_t head_size = a.cache.head_size, block_size = a.cache.block_size;
   const int64_t position = a.seq_lens[row] - 1;
-  const bool has_rule = a.sink != nullptr;
+  const bool has_rule = a.sink != nullptr, reads_values = out != nullptr;
   const int64_t rule_index = row * a.cache.num_kv_heads + head;
   const int64_t gap_begin = has_rule ? a.sink[rule_index] : 0;
   const int64_t gap_end = has_rule ? position - a.window[rule_index] + 1 : 0;
@@ -241,27 +242,30 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
       prefetch_tile(tile<T>(a.cache.key, a.cache, table[logical(i + 1)], head),
                     head_size * block_size);
     block_logits(scaled, a.group, key, head_size, block_size, logits);
-    if (i + 1 < last)
+    if (reads_values && i + 1 < last)
       prefetch_tile(tile<T>(a.cache.value, a.cache, table[logical(i + 1)], head),
                     head_size * block_size);
     const int64_t end = std::min(block_size, position + 1 - base);
     const int64_t hidden_begin = std::clamp<int64_t>(gap_begin - base, 0, end);
     const int64_t hidden_end = std::clamp<int64_t>(gap_end - base, hidden_begin, end);
     for (int64_t g = 0; g < a.group; ++g) {
-      const float sum = softmax_row(logits + g * block_size, block_size, hidden_begin, hidden_end,
-                                    end, states[g], out + g * head_size, head_size);
+      const float sum =
+          softmax_row(logits + g * block_size, block_size, hidden_begin, hidden_end, end, states[g],
+                      out + g * head_size, reads_values ? head_size : 0);
       if (stats.max) {
         stats.max[g * stats_width + i] = states[g].max;
         stats.sum[g * stats_width + i] = sum;
       }
     }
+    if (!reads_values) continue;
     // Hidden tokens are not read at all: their memory may hold NaN, and 0 * NaN is NaN.
     add_values(logits, a.group, block_size, value, head_size, 0, hidden_begin, out);
     add_values(logits, a.group, block_size, value, head_size, hidden_end, end, out);
   }
 }
 
-// Merges a row's pieces; each head's maximum and sum of weights over them goes to totals[g].
+// Merges a row's pieces; each head's maximum and sum of weights over them goes to totals[g],
+// the output to out unless that is null.
 template <typename T>
 void merge_pieces(const float* pieces, int64_t num_pieces, int64_t group, int64_t head_size,
                   T* out, SoftmaxState* totals) {
@@ -277,9 +281,11 @@ void merge_pieces(const float* pieces, int64_t num_pieces, int64_t group, int64_
       if (piece[head_size + 1] == 0.f) continue;
       const float weight = std::exp(piece[head_size] - max);
       sum += weight * piece[head_size + 1];
+      if (!out) continue;
       for (int64_t d = 0; d < head_size; ++d) total[d] += weight * piece[d];
     }
     totals[g] = {max, sum};
+    if (!out) continue;
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // no block selected: zeros
     for (int64_t d = 0; d < head_size; ++d)
       out[g * head_size + d] = static_cast<T>(total[d] * inverse);
@@ -308,9 +314,10 @@ struct Piece {
   int32_t first, last;  // selected blocks
 };
 
+// out: undefined where only masses are asked for.
 // mass: null, or [num_reqs, num_kv_heads, mass_width] of block shares (see anchor_decode).
 template <typename T>
-void decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tensor& out, float* mass,
+void decode_typed(const DecodeArgs& a, const at::Tensor& query, const at::Tensor& out, float* mass,
                   int64_t mass_width) {
   const int64_t num_reqs = query.size(0), heads = a.cache.num_kv_heads, group = a.group;
   const int64_t head_size = a.cache.head_size, width = head_size + 2;
@@ -336,7 +343,7 @@ void decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tensor& out,
     return mass ? BlockStats{first, first + num_stats} : BlockStats{nullptr, nullptr};
   };
   const T* query_data = query.const_data_ptr<T>();
-  T* out_data = out.mutable_data_ptr<T>();
+  T* out_data = out.defined() ? out.mutable_data_ptr<T>() : nullptr;
   at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(group * (a.cache.block_size + head_size));
     std::vector<float> sums(group * head_size);
@@ -347,7 +354,7 @@ void decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tensor& out,
       std::fill(states.begin(), states.end(), SoftmaxState{});
       decode_piece<T>(a, query_data + piece.row * query.stride(0) + piece.head * group * head_size,
                       piece.row, piece.head, piece.first, piece.last, scratch.data(),
-                      states.data(), sums.data(), stats_of(piece.row * heads + piece.head),
+                      states.data(), out_data ? sums.data() : nullptr, stats_of(piece.row * heads + piece.head),
                       mass_width);
       for (int64_t g = 0; g < group; ++g) {
         float* slot = partial.data() + (i * group + g) * width;
@@ -360,9 +367,11 @@ void decode_typed(const DecodeArgs& a, const at::Tensor& query, at::Tensor& out,
   at::parallel_for(0, num_reqs * heads, mass ? 1 : 64, [&](int64_t begin, int64_t end) {
     std::vector<SoftmaxState> totals(group);
     for (int64_t i = begin; i < end; ++i) {
+      T* row_out = nullptr;
+      if (out_data)
+        row_out = out_data + (i / heads) * out.stride(0) + (i % heads) * group * head_size;
       merge_pieces<T>(partial.data() + first_piece[i] * group * width,
-                      first_piece[i + 1] - first_piece[i], group, head_size,
-                      out_data + (i / heads) * out.stride(0) + (i % heads) * group * head_size,
+                      first_piece[i + 1] - first_piece[i], group, head_size, row_out,
                       totals.data());
       if (mass) {
         const int64_t num_blocks =
@@ -595,10 +604,10 @@ void sparse_decode(const at::Tensor& query, const at::Tensor& key_cache,
 
 void anchor_decode(const at::Tensor& query, const at::Tensor& key_cache,
                    const at::Tensor& value_cache, const at::Tensor& block_table,
-                   const at::Tensor& seq_lens, double scale, at::Tensor out,
+                   const at::Tensor& seq_lens, double scale, const std::optional<at::Tensor>& out,
                    const std::optional<at::Tensor>& block_mass) {
   const Cache cache = make_cache(key_cache, value_cache);
-  check_rows(query, out);
+  check_rows(query, out.value_or(query));
   DecodeArgs args{};
   args.cache = cache;
   args.group = query.size(1) / cache.num_kv_heads;
@@ -619,7 +628,7 @@ void anchor_decode(const at::Tensor& query, const at::Tensor& key_cache,
     mass_width = block_mass->size(2);
   }
   DISPATCH_CACHE_DTYPE(key_cache.scalar_type(),
-                       decode_typed<T>(args, query, out, mass, mass_width));
+                       decode_typed<T>(args, query, out.value_or(at::Tensor()), mass, mass_width));
 }
 
 void block_topk(const at::Tensor& block_mass, const at::Tensor& seq_lens, int64_t block_size,
@@ -694,7 +703,7 @@ TORCH_LIBRARY(vllm_ext, m) {
         "Tensor seq_lens, Tensor logical_blocks, Tensor counts, Tensor? sink_tokens, "
         "Tensor? window_tokens, float scale, Tensor(a!) out) -> ()");
   m.def("anchor_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, "
-        "Tensor seq_lens, float scale, Tensor(a!) out, Tensor(b!)? block_mass) -> ()");
+        "Tensor seq_lens, float scale, Tensor(a!)? out, Tensor(b!)? block_mass) -> ()");
   m.def("block_topk(Tensor block_mass, Tensor seq_lens, int block_size, Tensor budget_blocks, "
         "int sink_blocks, int recent_blocks, Tensor(a!) logical_blocks, Tensor(b!) counts) -> ()");
 }

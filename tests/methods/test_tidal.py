@@ -55,6 +55,16 @@ def test_the_schedule_follows_the_profile(tmp_path: Path) -> None:
     assert schedule.head_maps == {2: (1, 0)}
 
 
+def test_anchors_may_attend_only_what_they_select(tmp_path: Path) -> None:
+    path = str(_written(tmp_path))
+    schedule = METHOD.schedule(TidalConfig(profile=path, anchor_attention="selected"), GEOMETRY)
+    dense, anchor, reuse = LayerRole.DENSE, LayerRole.SELF, LayerRole.REUSE
+    assert schedule.roles == (dense, anchor, reuse, reuse, anchor, reuse)
+    assert schedule.head_maps == {2: (1, 0)}
+    with pytest.raises(ConfigError, match=r"anchor_attention is 'none'.*full, selected"):
+        TidalConfig(anchor_attention="none")
+
+
 def test_layers_of_a_profile_are_dropped(tmp_path: Path) -> None:
     path = _written(tmp_path, dense_layers=[], drop_layers=[0, 2])
     dense, anchor, reuse = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE

@@ -175,6 +175,29 @@ def test_output_is_the_same_without_masses(impl: OpImpl, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_masses_are_the_same_without_output_and_no_value_is_read(
+    impl: OpImpl, dtype: torch.dtype
+) -> None:
+    problem = _decode_problem(impl, seq_lens=(280, 1, 33), dtype=dtype)
+    problem.value_cache.fill_(torch.nan)
+    mass = _mass_buffer(problem)
+    skip_unless_supported(impl, problem.context(with_rule=False))
+    impl.run(
+        problem.query,
+        problem.key_cache,
+        problem.value_cache,
+        problem.batch,
+        problem.scale,
+        None,
+        mass,
+    )
+    _check_mass(mass.cpu(), problem)
+    if impl.name != "triton" or device_of(impl) == "cpu":  # on a GPU they are two binaries
+        assert_bitwise_equal(mass.cpu(), _run(impl, problem)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(impl: OpImpl, dtype: torch.dtype) -> None:
     problem = _decode_problem(impl, seq_lens=(33, 520, 1), dtype=dtype)

@@ -28,6 +28,7 @@ OPS: dict[str, Callable[[], list[OpImpl]]] = {
 }
 # Names of cases; the others are called like their op.
 ANCHOR, DENSE_DECODE = "anchor", "dense decode"  # anchor_decode with and without masses
+SCORES = "anchor, masses only"  # without output
 DECODE_ATTENTION = "paged_attention, decode rows"  # of a mixed batch: for baselines only
 
 SINK_TOKENS, RECENT_TOKENS = 32, 64  # TIDAL_DECODE's defaults
@@ -78,6 +79,7 @@ def make_cases(problem: Problem, ops: Sequence[str], budget_tokens: int) -> list
             attention("sparse_decode", "sparse_decode", middle=(selection, None)),
             attention(ANCHOR, "anchor_decode", masses=(mass,)),
             attention(DENSE_DECODE, "anchor_decode", masses=(None,)),
+            _scores_case(problem, decode, baseline, mass),
             topk,
         ]
     if "cache_write" in ops:  # only where asked for: it has two caches of its own
@@ -115,9 +117,7 @@ def _attention_case(
         eager = eager_attention(query, *views[0], batch, scale, selection)
         num_terms = batch.max_seq_len
         found = [attention_bound(expected[0], eager, num_terms)]
-        for mass in expected[1:]:
-            largest = float(problem.caches[0].abs().amax() * query.abs().sum(-1).amax()) * scale
-            found.append(mass * mass_bound(problem.layout.head_size, num_terms, largest))
+        found += [mass * _mass_bound(problem, batch) for mass in expected[1:]]
         return found
 
     return Case(
@@ -131,6 +131,31 @@ def _attention_case(
         reference_results=(exact, *(mass for mass in exact_masses if mass is not None)),
         bounds=bounds,
     )
+
+
+def _scores_case(problem: Problem, decode: PagedBatch, baseline: str, mass: torch.Tensor) -> Case:
+    """``anchor_decode`` without an output: keys alone are read."""
+    query, scale = problem.query[: decode.num_tokens], problem.layout.head_size**-0.5
+    exact = mass.clone()
+    return Case(
+        name=SCORES,
+        op="anchor_decode",
+        baseline=baseline,
+        read_bytes=_attention_bytes(problem.layout, decode, None) // 2,
+        calls=tuple((query, *pair, decode, scale, None, mass) for pair in problem.views),
+        results=(mass,),
+        reference_call=(query, *problem.views[0], decode, scale, None, exact),
+        reference_results=(exact,),
+        bounds=lambda expected: [expected[0] * _mass_bound(problem, decode)],
+    )
+
+
+def _mass_bound(problem: Problem, batch: PagedBatch) -> float:
+    """How far a block's mass may be off, relative to itself."""
+    head_size = problem.layout.head_size
+    largest_query = problem.query[: batch.num_tokens].abs().sum(-1).amax()
+    largest = float(problem.caches[0].abs().amax() * largest_query) * head_size**-0.5
+    return mass_bound(head_size, batch.max_seq_len, largest)
 
 
 def _attention_bytes(

@@ -16,7 +16,7 @@ def run(
     value_cache: torch.Tensor,
     batch: PagedBatch,
     scale: float,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     block_mass: torch.Tensor | None,
 ) -> None:
     """See ``api.py``."""

@@ -14,7 +14,7 @@ def run(
     value_cache: torch.Tensor,
     batch: PagedBatch,
     scale: float,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     block_mass: torch.Tensor | None,
 ) -> None:
     """See ``api.py``."""
@@ -28,10 +28,11 @@ def run(
         table = batch.block_table[row, :num_blocks].long()
         for head in range(num_kv_heads):
             keys = key_cache[table, head].flatten(0, 1)[:seq_len].float()
-            values = value_cache[table, head].flatten(0, 1)[:seq_len].float()
             heads = slice(head * group, (head + 1) * group)
             weights = (query[row, heads].float() @ keys.T * scale).softmax(dim=-1)
-            out[row, heads] = (weights @ values).to(out.dtype)
+            if out is not None:
+                values = value_cache[table, head].flatten(0, 1)[:seq_len].float()
+                out[row, heads] = (weights @ values).to(out.dtype)
             if block_mass is not None:
                 padding = num_blocks * block_size - seq_len
                 padded = torch.nn.functional.pad(weights.sum(dim=0), (0, padding))

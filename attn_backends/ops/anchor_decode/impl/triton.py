@@ -6,7 +6,7 @@ head share the loaded tiles. Beside the split's maximum, sum and unnormalised ou
 leaves every block's log-sum-exp per query head in an fp32 workspace. The second merges the
 splits of a (row, query head) in one fixed-shape reduction and leaves the row's log-sum-exp;
 from both, the third computes the blocks' shares. Without ``block_mass`` there is no third
-kernel, and the others compute and store nothing for it.
+kernel, and the others compute and store nothing for it; without ``out`` no value is read.
 
 How a row is split and merged depends on its own length alone, so a request's bits do not
 depend on its neighbours. The grids depend on shapes alone; lengths stay on the device, where
@@ -45,7 +45,7 @@ def run(
     value_cache: torch.Tensor,
     batch: PagedBatch,
     scale: float,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     block_mass: torch.Tensor | None,
 ) -> None:
     """See ``api.py``."""
@@ -59,7 +59,9 @@ def run(
     max_blocks = batch.block_table.shape[1]
     num_splits = min(MAX_SPLITS, triton.cdiv(max_blocks, min_split_blocks))
     partials = (batch.num_reqs, num_query_heads, num_splits)
-    partial_out = query.new_empty((*partials, head_size), dtype=torch.float32)
+    has_out = out is not None
+    out_shape = (*partials, head_size) if has_out else (1,)
+    partial_out = query.new_empty(out_shape, dtype=torch.float32)
     partial_max = query.new_empty(partials, dtype=torch.float32)
     partial_sum = query.new_empty(partials, dtype=torch.float32)
     has_mass = block_mass is not None
@@ -75,6 +77,7 @@ def run(
         "HEAD_PAD": max(16, triton.next_power_of_2(head_size)),
         "MIN_SPLIT_BLOCKS": min_split_blocks,
         "MAX_SPLITS": MAX_SPLITS,
+        "HAS_OUT": has_out,
         "HAS_MASS": has_mass,
         "num_warps": 4,
     }
@@ -107,7 +110,7 @@ def run(
         **sizes,
     )
     # The interpreter truncates when it converts to bf16; there, torch does the rounding.
-    target = out.float() if interpreted else out
+    target = partial_out if out is None else out.float() if interpreted else out
     merge_kernel[(batch.num_reqs, num_query_heads)](
         partial_out,
         partial_max,
@@ -118,11 +121,11 @@ def run(
         partial_sum.stride(0),
         partial_sum.stride(1),
         target.stride(0),
-        target.stride(1),
+        target.stride(1) if has_out else 0,
         row_lse.stride(0),
         **sizes,
     )
-    if interpreted:
+    if interpreted and out is not None:
         out.copy_(target)
     if block_mass is None:
         return
@@ -215,6 +218,7 @@ def _partial_kernel(
     HEAD_PAD: tl.constexpr,
     MIN_SPLIT_BLOCKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    HAS_OUT: tl.constexpr,
     HAS_MASS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -265,18 +269,20 @@ def _partial_kernel(
             mask=dim_mask[:, None] & token_mask[None, :],
             other=0.0,
         )
-        value_tile = tl.load(  # [BLOCK_N, HEAD_PAD]
-            value_ptr
-            + physical_block * stride_value_block
-            + kv_head * stride_value_head
-            + offsets[:, None] * stride_value_token
-            + dims[None, :] * stride_value_dim,
-            mask=token_mask[:, None] & dim_mask[None, :],
-            other=0.0,
-        )
         if UPCAST:
             key_tile = key_tile.to(tl.float32)
-            value_tile = value_tile.to(tl.float32)
+        if HAS_OUT:
+            value_tile = tl.load(  # [BLOCK_N, HEAD_PAD]
+                value_ptr
+                + physical_block * stride_value_block
+                + kv_head * stride_value_head
+                + offsets[:, None] * stride_value_token
+                + dims[None, :] * stride_value_dim,
+                mask=token_mask[:, None] & dim_mask[None, :],
+                other=0.0,
+            )
+            if UPCAST:
+                value_tile = value_tile.to(tl.float32)
 
         logits = tl.dot(query_tile, key_tile, input_precision="ieee") * scale
         logits = tl.where(token_mask[None, :], logits, float("-inf"))  # [GROUP_PAD, BLOCK_N]
@@ -292,19 +298,21 @@ def _partial_kernel(
             )
         rescale = tl.exp(running_max - new_max)
         running_sum = running_sum * rescale + block_sum
-        acc = acc * rescale[:, None]
-        acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc, input_precision="ieee")
+        if HAS_OUT:
+            acc = acc * rescale[:, None]
+            acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc, input_precision="ieee")
         running_max = new_max
 
     # [GROUP_PAD], index into [num_reqs, num_query_heads, num_splits]
     partials = row * stride_partial_row + query_heads * stride_partial_head + split
     tl.store(partial_max_ptr + partials, running_max, mask=group_mask)
     tl.store(partial_sum_ptr + partials, running_sum, mask=group_mask)
-    tl.store(
-        partial_out_ptr + partials[:, None] * HEAD_SIZE + dims[None, :],
-        acc,
-        mask=group_mask[:, None] & dim_mask[None, :],
-    )
+    if HAS_OUT:
+        tl.store(
+            partial_out_ptr + partials[:, None] * HEAD_SIZE + dims[None, :],
+            acc,
+            mask=group_mask[:, None] & dim_mask[None, :],
+        )
 
 
 def _merge_kernel(
@@ -324,6 +332,7 @@ def _merge_kernel(
     HEAD_PAD: tl.constexpr,
     MIN_SPLIT_BLOCKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    HAS_OUT: tl.constexpr,
     HAS_MASS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -340,23 +349,24 @@ def _merge_kernel(
     partials = row * stride_partial_row + query_head * stride_partial_head + splits
     maxima = tl.load(partial_max_ptr + partials, mask=split_mask, other=float("-inf"))
     sums = tl.load(partial_sum_ptr + partials, mask=split_mask, other=0.0)
-    outs = tl.load(  # [MAX_SPLITS, HEAD_PAD]
-        partial_out_ptr + partials[:, None] * HEAD_SIZE + dims[None, :],
-        mask=split_mask[:, None] & dim_mask[None, :],
-        other=0.0,
-    )
     row_max = tl.max(maxima, axis=0)
     # A row without tokens, as in padded batches, gives zeros.
     safe_max = tl.where(row_max == float("-inf"), 0.0, row_max)
     rescale = tl.exp(maxima - safe_max)  # [MAX_SPLITS]
     total = tl.sum(sums * rescale, axis=0)
     total = tl.where(total == 0.0, 1.0, total)
-    result = tl.sum(outs * rescale[:, None], axis=0) / total
-    tl.store(
-        out_ptr + row * stride_out_row + query_head * stride_out_head + dims,
-        result.to(out_ptr.dtype.element_ty),
-        mask=dim_mask,
-    )
+    if HAS_OUT:
+        outs = tl.load(  # [MAX_SPLITS, HEAD_PAD]
+            partial_out_ptr + partials[:, None] * HEAD_SIZE + dims[None, :],
+            mask=split_mask[:, None] & dim_mask[None, :],
+            other=0.0,
+        )
+        result = tl.sum(outs * rescale[:, None], axis=0) / total
+        tl.store(
+            out_ptr + row * stride_out_row + query_head * stride_out_head + dims,
+            result.to(out_ptr.dtype.element_ty),
+            mask=dim_mask,
+        )
     if HAS_MASS:
         tl.store(row_lse_ptr + row * stride_lse_row + query_head, safe_max + tl.log(total))
 
