@@ -37,8 +37,8 @@ class BudgetConfig(MethodConfig):
             (recall.py); 0 to 1, 0 guards nothing.
         guard_patience: checks in a row below the floor before that happens, twice.
         guard_interval_steps: decode steps between checks; each reads what a dense step reads.
-        audit_share: share of the decode steps that are computed densely as well, to measure the
-            divergence (adapter/audit.py); 0 to 1.
+        audit_share: share of the decode steps in which one row is computed densely as well, to
+            measure the divergence (adapter/audit.py); 0 to 1.
 
     Raises:
         ConfigError: a value out of its range.

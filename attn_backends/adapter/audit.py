@@ -1,9 +1,11 @@
-"""Shadow audit: some decode steps are computed densely as well, and compared.
+"""Shadow audit: in some decode steps one row is computed densely as well, and compared.
 
-The dense pass comes first and the real one after it, so that the keys and values of the
-step's tokens, which both write, are the real one's in the end: nothing that a request gets
-depends on the audit. What is measured is the divergence of one step, on the KV cache that
-earlier sparse steps left.
+In an audited step one of its rows, another each time, is given a budget for everything and
+the pass runs twice: with that row dense, then as served. The real pass comes last, so that the
+keys and values of the step's tokens, which both write, are its own in the end: nothing that a
+request gets depends on the audit. What is measured is the divergence of one step, on the KV
+cache that earlier sparse steps left. One row and not all: a step then takes about twice its time
+and not that of a dense step more, which full batches of long contexts would feel.
 
 Steps with prefill rows are not audited: the share counts decode-only steps.
 """
@@ -29,6 +31,7 @@ class AuditingRunner:
     audit_share: float
     audit_figures: AuditFigures
     _audit_due = 0.0
+    _audited_steps = 0
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super()
@@ -36,18 +39,19 @@ class AuditingRunner:
         if not self._is_due(context.attn_metadata):
             return stock._model_forward(*args, **kwargs)
         served = context.attn_metadata
-        context.attn_metadata = {name: _dense(metadata) for name, metadata in served.items()}
+        rows = next(iter(served.values())).plan.selecting_rows
+        row = rows[self._audited_steps % len(rows)]
+        self._audited_steps += 1
+        context.attn_metadata = {name: _dense(metadata, row) for name, metadata in served.items()}
         try:
-            dense = stock._model_forward(*args, **kwargs).clone()
+            dense = stock._model_forward(*args, **kwargs)[row : row + 1].clone()
         finally:
             context.attn_metadata = served
         hidden = stock._model_forward(*args, **kwargs)
-        plan = next(iter(served.values())).plan
-        rows = torch.tensor(plan.selecting_rows, device=hidden.device)
         model: Any = self.model  # type: ignore[attr-defined]
         self.audit_figures.add(
-            *_divergence(model.compute_logits(dense[rows]), model.compute_logits(hidden[rows])),
-            kv_bytes_saved=sum(_saved_bytes(served, name) for name in served),
+            *_divergence(model.compute_logits(dense), model.compute_logits(hidden[row : row + 1])),
+            kv_bytes_saved=sum(_saved_bytes(served, name, row) for name in served),
         )
         return hidden
 
@@ -78,15 +82,18 @@ def with_audit(runner: Any, share: float, method: str) -> None:
     runner.audit_figures = AuditFigures(method)
 
 
-def _dense(metadata: ExtMetadata) -> ExtMetadata:
-    plan = metadata.plan
-    # A dropped layer has no keys to be dense on, and one with a window may have lost them: the
-    # audit does not see what those cost.
-    roles = {
-        name: role if role is LayerRole.DROP else LayerRole.DENSE
-        for name, role in plan.roles.items()
-    }
-    return replace(metadata, plan=replace(plan, roles=roles))
+def _dense(metadata: ExtMetadata, row: int) -> ExtMetadata:
+    """The step with a budget for everything in one row.
+
+    Dropped layers stay so, and those with a window, which may have lost what is outside it: the
+    audit does not see what those cost.
+    """
+    anchor = metadata.plan.anchor
+    assert anchor is not None
+    budgets = anchor.budget_blocks.clone()
+    budgets[row] = anchor.block_mass.shape[2]
+    wide = replace(anchor, budget_blocks=budgets)
+    return replace(metadata, plan=replace(metadata.plan, anchor=wide, checked=None))
 
 
 def _divergence(dense: torch.Tensor, served: torch.Tensor) -> tuple[list[float], list[bool]]:
@@ -98,8 +105,8 @@ def _divergence(dense: torch.Tensor, served: torch.Tensor) -> tuple[list[float],
     return divergence.tolist(), (expected.argmax(-1) == got.argmax(-1)).tolist()
 
 
-def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str) -> int:
-    """Bytes of keys and values that a layer did not read.
+def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str, row: int) -> int:
+    """Bytes of a row's keys and values that a layer did not read.
 
     The counts are the last anchor's: budgets are the same for all anchors of a step. A layer
     that chooses for itself reads all keys and, of what it chose, keys and values again.
@@ -112,9 +119,10 @@ def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str) -> int:
     assert plan.selection is not None
     layer = get_forward_context().no_compile_layers[layer_name]
     block_size, double_head = layer.kv_cache.shape[2:]
-    num_blocks = (plan.decode.seq_lens + block_size - 1) // block_size
-    chosen = plan.selection.counts.minimum(num_blocks[:, None])
-    half_blocks = 2 * int((num_blocks[:, None] - chosen).sum())  # a block's keys, or its values
+    counts = plan.selection.counts[row]
+    num_blocks = len(counts) * -(-int(plan.decode.seq_lens[row]) // block_size)  # of all heads
+    chosen = int(counts.sum())
+    half_blocks = 2 * (num_blocks - chosen)  # a block's keys, or its values
     if role is LayerRole.SELF:
-        half_blocks = half_blocks // 2 - int(chosen.sum())
+        half_blocks = num_blocks - 2 * chosen
     return int(half_blocks * block_size * double_head // 2 * layer.kv_cache.element_size())

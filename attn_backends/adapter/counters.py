@@ -29,7 +29,7 @@ AUDIT_AGREEMENTS = (
 )
 AUDIT_BYTES = (
     "vllm_ext:audit_kv_bytes_saved",
-    "Bytes of keys and values that dense would have read and the audited steps did not.",
+    "Bytes of keys and values that dense would have read and the audited rows did not.",
 )
 GUARD = "vllm_ext:guard_requests"
 GUARD_HELP = "Requests whose recall stayed below the floor, by what the guard did."
@@ -96,12 +96,12 @@ class AuditFigures:
         self.kv_bytes_saved = 0
 
     def add(self, divergences: list[float], agrees: list[bool], kv_bytes_saved: int) -> None:
-        """Counts the rows of one audited step.
+        """Counts audited rows.
 
         Args:
             divergences: nats, by row.
             agrees: by row.
-            kv_bytes_saved: of the step.
+            kv_bytes_saved: of these rows.
         """
         self.rows += len(divergences)
         self.kl_sum += sum(divergences)

@@ -94,7 +94,8 @@ def test_the_audit_changes_nothing_and_measures(model_path: str) -> None:
     plain, _, _ = _run(model_path, {})
     audited, rows, figures = _run(model_path, {"audit_share": 0.5})
     assert audited == plain
-    assert figures["vllm_ext:audit_rows"] >= 0.4 * rows["sparse|selected"]
+    # Every other decode-only step, one row of at most four.
+    assert figures["vllm_ext:audit_rows"] >= 0.4 * rows["sparse|selected"] / 4
     mean_kl = figures["vllm_ext:audit_kl_sum"] / figures["vllm_ext:audit_rows"]
     assert 0 < mean_kl < 0.1
     assert figures["vllm_ext:audit_agreements"] <= figures["vllm_ext:audit_rows"]
