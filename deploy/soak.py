@@ -1,8 +1,9 @@
 """Load at full KV pressure with random aborts, against a running server.
 
     make serve BACKEND=SINK_WINDOW ARGS='--window-tokens 256 --dtype float32 \
-        --kv-cache-memory-bytes 256M --max-num-seqs 16'
-    .venv/bin/python -m deploy.soak --minutes 20
+        --kv-cache-memory-bytes 256M --max-num-seqs 16 --max-num-batched-tokens 256 \
+        --max-model-len 2200'
+    .venv/bin/python -m deploy.soak --minutes 20 --longest-tokens 2000 --timeout-s 1200
 
 First every prompt is answered alone; then clients ask for them at random, some hanging up
 while they wait or read. Every complete answer must equal the one given alone (greedy; serve
@@ -165,7 +166,9 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     if end.get(KV_USE, 0.0) > 0:
         soak.failures.append(f"{end[KV_USE]:.2%} of the KV pool is still held")
     return {
-        "settings": {key: value for key, value in vars(args).items() if key != "api_key"},
+        "settings": {
+            key: value for key, value in vars(args).items() if key not in ("api_key", "output")
+        },
         "requests": dict(soak.seen),
         "failures": soak.failures[:20],
         "num_failures": len(soak.failures),
