@@ -143,10 +143,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         role = plan.roles[layer_name]
         decode, selection = plan.decode, plan.selection
         assert decode is not None
-        if plan.decodes_densely:
-            ops.paged_attention.run(query, *views, decode, None, self.scale, out)
-            return
-        if role is LayerRole.DENSE:
+        if plan.decodes_densely or role is LayerRole.DENSE:
             ops.anchor_decode.run(query, *views, decode, self.scale, out, None)
             return
         assert selection is not None

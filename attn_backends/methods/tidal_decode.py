@@ -6,8 +6,8 @@ they differ: the blocks of a KV head are chosen by the softmax mass summed over 
 heads, and not by raw logits per query head. We differ from both: selection is by KV block,
 sink and recent blocks are forced (TidalDecode's code can drop even the current token), and only
 decode rows are sparse, so that chunked prefill and multi-turn prompts stay exact. Anchors attend
-everything in both papers; ours may also score all keys and attend only what they select, which
-reads half as much (``anchor_attention``).
+everything in both papers; ours score all keys and attend only what they select, which reads
+half as much and costs little fidelity (docs/measurements.md; ``anchor_attention``).
 
 Selection is made again in every step. A policy (docs/policy.md) may give layers other roles,
 a window of their own among them, and rows a budget by their length.
@@ -39,7 +39,7 @@ logger = logging.getLogger("vllm.vllm_ext")
 
 FALLBACK_DENSE_LAYERS = 2
 FALLBACK_ANCHOR_STRIDE = 2
-ANCHOR_ATTENTION = ("full", "selected")
+ANCHOR_ATTENTION = ("selected", "full")
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class TidalConfig(BudgetConfig):
 
     Attributes:
         profile: path of a profile, or ``auto`` for the one shipped for this model.
-        anchor_attention: ``full`` or ``selected``; anchor layers score all keys in either case,
-            and attend everything or only what they select, without reading other values.
+        anchor_attention: ``selected`` or ``full``; anchor layers score all keys in either case,
+            and attend only what they select, without reading other values, or everything.
         policy: of layers, budgets and presets; read from a document (``compose``).
     """
 
     profile: str = "auto"
-    anchor_attention: str = "full"
+    anchor_attention: str = "selected"
     policy: Policy = NO_POLICY
 
     def __post_init__(self) -> None:
@@ -183,7 +183,7 @@ METHOD = SparseMethod(
     schedule=_schedule,
     make_selector=TidalSelector,
     capabilities=Capabilities(
-        reads="everything in dense and anchor layers, budget_tokens in the others; decode only",
+        reads="everything in dense layers, all keys in anchors, budget_tokens elsewhere; in decode",
         frees="nothing, except what a policy's window layers leave out",
         limits="needs a calibrated profile (vllm-ext profile); short contexts gain nothing",
     ),

@@ -50,24 +50,24 @@ def _written(folder: Path, **changes: Any) -> Path:
 def test_the_schedule_follows_the_profile(tmp_path: Path) -> None:
     config = TidalConfig(profile=str(_written(tmp_path)))
     schedule = METHOD.schedule(config, GEOMETRY)
-    dense, anchor, reuse = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE
-    assert schedule.roles == (dense, anchor, reuse, reuse, anchor, reuse)
-    assert schedule.head_maps == {2: (1, 0)}
-
-
-def test_anchors_may_attend_only_what_they_select(tmp_path: Path) -> None:
-    path = str(_written(tmp_path))
-    schedule = METHOD.schedule(TidalConfig(profile=path, anchor_attention="selected"), GEOMETRY)
     dense, anchor, reuse = LayerRole.DENSE, LayerRole.SELF, LayerRole.REUSE
     assert schedule.roles == (dense, anchor, reuse, reuse, anchor, reuse)
     assert schedule.head_maps == {2: (1, 0)}
-    with pytest.raises(ConfigError, match=r"anchor_attention is 'none'.*full, selected"):
+
+
+def test_anchors_may_attend_everything(tmp_path: Path) -> None:
+    path = str(_written(tmp_path))
+    schedule = METHOD.schedule(TidalConfig(profile=path, anchor_attention="full"), GEOMETRY)
+    dense, anchor, reuse = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE
+    assert schedule.roles == (dense, anchor, reuse, reuse, anchor, reuse)
+    assert schedule.head_maps == {2: (1, 0)}
+    with pytest.raises(ConfigError, match=r"anchor_attention is 'none'.*selected, full"):
         TidalConfig(anchor_attention="none")
 
 
 def test_layers_of_a_profile_are_dropped(tmp_path: Path) -> None:
     path = _written(tmp_path, dense_layers=[], drop_layers=[0, 2])
-    dense, anchor, reuse = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE
+    dense, anchor, reuse = LayerRole.DENSE, LayerRole.SELF, LayerRole.REUSE
     schedule = METHOD.schedule(TidalConfig(profile=str(path)), GEOMETRY)
     assert schedule.roles == (LayerRole.DROP, anchor, LayerRole.DROP, reuse, anchor, reuse)
     assert schedule.dropped == (0, 2)
@@ -92,7 +92,7 @@ def test_without_a_profile_there_is_a_warning_and_a_safe_default(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     schedule = METHOD.schedule(TidalConfig(), GEOMETRY)
-    assert schedule.roles[2] is LayerRole.ANCHOR
+    assert schedule.roles[2] is LayerRole.SELF
     assert "no profile" in caplog.text
     assert "vllm-ext profile" in caplog.text
 

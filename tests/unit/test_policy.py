@@ -200,7 +200,7 @@ def test_the_warning_about_head_maps_names_the_layers(
     settings = {"profile": str(_written(tmp_path))}
     layers = [{"layers": 3, "role": "anchor"}]
     config = _config(settings=settings, layers=layers)
-    assert METHOD.schedule(config, GEOMETRY).roles[3] is ANCHOR
+    assert METHOD.schedule(config, GEOMETRY).roles[3] is LayerRole.SELF
     assert caplog.text == ""  # layers 4 and 5 are an anchor and its follower, as before
     config = _config(settings=settings, layers=[{"layers": 4, "role": "reuse"}])
     METHOD.schedule(config, GEOMETRY)
