@@ -36,7 +36,7 @@ def _needles(model_path: str) -> list[Any]:
     from vllm_ext.evaluation.prompts import needle_prompts
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-    return needle_prompts(tokenizer, 0, {"passkey": 1}, [3000], [0.1, 0.3, 0.5, 0.7])
+    return needle_prompts(tokenizer, 0, {"passkey": [1]}, [3000], [0.1, 0.3, 0.5, 0.7])
 
 
 def _run(

@@ -61,6 +61,8 @@ def test_methods_table_has_every_method(capsys: pytest.CaptureFixture[str]) -> N
             ["budget_tokens=many", "int"],
         ),
         (["bench", "decode", "--batch", "0", "--model", "MODEL"], ["--batch"]),
+        (["eval", "MODEL", "--passkey", "5,4"], ["--passkey", "[5, 4]", "3 lengths"]),
+        (["eval", "MODEL", "--lengths", "1024", "--multi-key", "-1"], ["--multi-key", "[-1]"]),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(

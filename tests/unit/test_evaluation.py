@@ -29,9 +29,10 @@ def _text(ids: list[int]) -> str:
 
 
 def test_needles_are_where_they_should_be_and_asked_for_at_the_end() -> None:
-    counts = {"passkey": 2, "multi_key": 1, "multi_value": 1}
+    counts = {"passkey": [3, 1], "multi_key": [1, 1], "multi_value": [1, 1]}
     found = prompts.needle_prompts(Characters(), 3, counts, [2000, 4000], [0.0, 0.5, 1.0])
-    assert len(found) == 4 * 2 * 3
+    assert len(found) == (5 + 3) * 3
+    assert sum(prompt.length_tokens == 2000 for prompt in found) == 5 * 3
     assert found == prompts.needle_prompts(Characters(), 3, counts, [2000, 4000], [0.0, 0.5, 1.0])
     for prompt in found:
         text = _text(prompt.ids)

@@ -49,7 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     for kind, count in (("passkey", 5), ("multi-key", 1), ("multi-value", 1)):
         parser.add_argument(
-            f"--{kind}", type=int, default=count, help=f"prompts per length and depth ({count})"
+            f"--{kind}",
+            type=_numbers,
+            default=[count],
+            help=f"prompts per depth, of every length or 9,4,2 of the first, second ... ({count})",
         )
     parser.add_argument("--text-prompts", type=int, default=8, help="natural texts (8)")
     parser.add_argument("--text-tokens", type=int, default=4096, help="tokens of each (4096)")
@@ -83,7 +86,14 @@ def _check(args: Any, methods: list[str]) -> None:
     for name in ("budgets", "lengths"):
         if any(value < 64 for value in getattr(args, name)):
             raise UserError(f"--{name} is {getattr(args, name)}; each must be at least 64 tokens")
-    for name in ("passkey", "multi_key", "multi_value", "text_prompts", "long_texts"):
+    for name in prompts.KINDS:
+        counts = getattr(args, name)
+        if len(counts) not in (1, len(args.lengths)) or min(counts) < 0:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {counts}; give one count, or one for each of the "
+                f"{len(args.lengths)} lengths, 0 or more"
+            )
+    for name in ("text_prompts", "long_texts"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; 0 or more")
     for name in ("text_tokens", "text_steps"):
@@ -145,6 +155,10 @@ def _workload(args: Any, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _per_length(counts: list[int], num_lengths: int) -> list[int]:
+    return counts * num_lengths if len(counts) == 1 else counts
+
+
 def _job(args: Any, max_positions: int) -> Job:
     from transformers import AutoTokenizer
 
@@ -155,7 +169,7 @@ def _job(args: Any, max_positions: int) -> Job:
             f"prompts of {longest} tokens (--lengths, --text-tokens) do not fit the model's "
             f"{max_positions} positions"
         )
-    counts = {kind: getattr(args, kind) for kind in prompts.KINDS}
+    counts = {kind: _per_length(getattr(args, kind), len(args.lengths)) for kind in prompts.KINDS}
     return Job(
         model=args.model,
         needles=prompts.needle_prompts(tokenizer, args.seed, counts, args.lengths, args.depths),

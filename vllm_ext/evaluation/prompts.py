@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,18 +113,18 @@ def needle_prompt(
 def needle_prompts(
     tokenizer: Any,
     seed: int,
-    counts: dict[str, int],
+    counts: Mapping[str, Sequence[int]],
     lengths_tokens: list[int],
     depths: list[float],
 ) -> list[NeedlePrompt]:
-    """``counts[kind]`` prompts of every kind, length and depth, shortest first."""
+    """``counts[kind][i]`` prompts of every kind and depth, of the ``i``-th length."""
     source = random.Random(seed)
     return [
         needle_prompt(tokenizer, source, kind, length, depth)
-        for length in lengths_tokens
-        for kind, count in counts.items()
+        for place, length in enumerate(lengths_tokens)
+        for kind, of_length in counts.items()
         for depth in depths
-        for _ in range(count)
+        for _ in range(of_length[place])
     ]
 
 
