@@ -129,7 +129,7 @@ def test_the_report_has_a_row_per_column_and_its_plots(tmp_path: Path) -> None:
         (["--methods", "NOPE"], "unknown NOPE"),
         (["--depths", "1.5"], "between 0 and 1"),
         (["--budgets", "8"], "at least 64"),
-        (["--passkey", "-1"], "--passkey is [-1]"),
+        (["--passkey", "-1"], r"--passkey is \[-1\]"),
         (["--corpus", "/nowhere"], "/nowhere does not exist"),
     ],
 )
