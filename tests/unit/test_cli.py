@@ -61,6 +61,10 @@ def test_methods_table_has_every_method(capsys: pytest.CaptureFixture[str]) -> N
             ["budget_tokens=many", "int"],
         ),
         (["bench", "decode", "--batch", "0", "--model", "MODEL"], ["--batch"]),
+        (
+            ["bench", "capacity", "--model", "MODEL"],
+            ["--context-tokens 7900", "2048", "1760 works"],
+        ),
         (["eval", "MODEL", "--passkey", "5,4"], ["--passkey", "[5, 4]", "3 lengths"]),
         (["eval", "MODEL", "--lengths", "1024", "--multi-key", "-1"], ["--multi-key", "[-1]"]),
     ],
@@ -68,7 +72,7 @@ def test_methods_table_has_every_method(capsys: pytest.CaptureFixture[str]) -> N
 def test_user_errors_are_one_line_and_exit_2(
     argv: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
     argv = [str(tmp_path) if word == "MODEL" else word for word in argv]
     if argv[0] == "serve" and "--port" not in argv:
         argv += ["--port", str(_free_port())]
