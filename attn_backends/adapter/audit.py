@@ -4,8 +4,8 @@ In an audited step one of its rows, another each time, is given a budget for eve
 the pass runs twice: with that row dense, then as served. The real pass comes last, so that the
 keys and values of the step's tokens, which both write, are its own in the end: nothing that a
 request gets depends on the audit. What is measured is the divergence of one step, on the KV
-cache that earlier sparse steps left. One row and not all: a step then takes about twice its time
-and not that of a dense step more, which full batches of long contexts would feel.
+cache that earlier sparse steps left. One row and not all: an audited step then takes up to twice
+its time, where a whole dense pass over a full batch of long contexts takes several times that.
 
 Steps with prefill rows are not audited: the share counts decode-only steps.
 """

@@ -7,7 +7,7 @@ heads, and not by raw logits per query head. We differ from both: selection is b
 sink and recent blocks are forced (TidalDecode's code can drop even the current token), and only
 decode rows are sparse, so that chunked prefill and multi-turn prompts stay exact. Anchors attend
 everything in both papers; ours score all keys and attend only what they select, which reads
-half as much and costs little fidelity (docs/measurements.md; ``anchor_attention``).
+half as much and costs little fidelity (docs/adr/0009; ``anchor_attention``).
 
 Selection is made again in every step. A policy (docs/policy.md) may give layers other roles,
 a window of their own among them, and rows a budget by their length.
