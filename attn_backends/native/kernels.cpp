@@ -45,14 +45,25 @@ inline Vec load(const c10::Half* p) {
   return v;
 }
 
+// Asks for `elements` of the next tile while this one is computed: that hides the jump between
+// physical blocks. Line by line beside the arithmetic, for a burst would wait for the memory.
+template <typename T>
+inline void prefetch(const T* next, int64_t elements) {
+  const char* bytes = reinterpret_cast<const char*>(next);
+  for (int64_t i = 0; i < elements * static_cast<int64_t>(sizeof(T)); i += 64)
+    __builtin_prefetch(bytes + i, 0, 2);
+}
+
 // logits[row, t] = sum_d query[row, d] * key[d, t] for ROWS rows and COLS vectors of tokens.
-template <typename T, int ROWS, int COLS>
-inline void logits_tile(const float* query, const T* key, int64_t head_size,
+// next: the same place in the next key tile, read where PREFETCH says so.
+template <typename T, int ROWS, int COLS, bool PREFETCH>
+inline void logits_tile(const float* query, const T* key, const T* next, int64_t head_size,
                         int64_t block_size, float* logits, int64_t logits_stride) {
   Vec acc[ROWS][COLS];
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < COLS; ++c) acc[r][c] = Vec(0.f);
   for (int64_t d = 0; d < head_size; ++d) {
+    if constexpr (PREFETCH) prefetch(next + d * block_size, COLS * kLanes);
     Vec k[COLS];
     for (int c = 0; c < COLS; ++c) k[c] = load(key + d * block_size + c * kLanes);
     for (int r = 0; r < ROWS; ++r) {
@@ -64,14 +75,16 @@ inline void logits_tile(const float* query, const T* key, int64_t head_size,
     for (int c = 0; c < COLS; ++c) acc[r][c].store(logits + r * logits_stride + c * kLanes);
 }
 
-// out[row, d] += sum_{t in [first, last)} weights[row, t] * value[t, d].
-template <typename T, int ROWS, int COLS>
+// out[row, d] += sum_{t in [first, last)} weights[row, t] * value[t, d]; next as above.
+template <typename T, int ROWS, int COLS, bool PREFETCH>
 inline void values_tile(const float* weights, int64_t weights_stride, const T* value,
-                        int64_t head_size, int64_t first, int64_t last, float* out) {
+                        const T* next, int64_t head_size, int64_t first, int64_t last,
+                        float* out) {
   Vec acc[ROWS][COLS];
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < COLS; ++c) acc[r][c] = Vec::loadu(out + r * head_size + c * kLanes);
   for (int64_t t = first; t < last; ++t) {
+    if constexpr (PREFETCH) prefetch(next + t * head_size, COLS * kLanes);
     Vec v[COLS];
     for (int c = 0; c < COLS; ++c) v[c] = load(value + t * head_size + c * kLanes);
     for (int r = 0; r < ROWS; ++r) {
@@ -105,22 +118,35 @@ inline void for_tiles(int64_t rows, int64_t columns, F&& f) {
 }
 
 template <typename T>
-void block_logits(const float* query, int64_t rows, const T* key, int64_t head_size,
-                  int64_t block_size, float* logits) {
+void block_logits(const float* query, int64_t rows, const T* key, const T* next,
+                  int64_t head_size, int64_t block_size, float* logits) {
   for_tiles(rows, block_size, [&](auto r_tag, auto c_tag, int64_t row, int64_t column) {
-    logits_tile<T, r_tag(), c_tag()>(query + row * head_size, key + column, head_size,
-                                     block_size, logits + row * block_size + column,
-                                     block_size);
+    const auto run = [&](auto with_prefetch, const T* next_tile) {
+      logits_tile<T, r_tag(), c_tag(), with_prefetch()>(
+          query + row * head_size, key + column, next_tile, head_size, block_size,
+          logits + row * block_size + column, block_size);
+    };
+    if (next && row == 0)
+      run(std::true_type{}, next + column);
+    else
+      run(std::false_type{}, nullptr);
   });
 }
 
 template <typename T>
 void add_values(const float* weights, int64_t rows, int64_t block_size, const T* value,
-                int64_t head_size, int64_t first, int64_t last, float* out) {
+                const T* next, int64_t head_size, int64_t first, int64_t last, float* out) {
   if (first >= last) return;
   for_tiles(rows, head_size, [&](auto r_tag, auto c_tag, int64_t row, int64_t column) {
-    values_tile<T, r_tag(), c_tag()>(weights + row * block_size, block_size, value + column,
-                                     head_size, first, last, out + row * head_size + column);
+    const auto run = [&](auto with_prefetch, const T* next_tile) {
+      values_tile<T, r_tag(), c_tag(), with_prefetch()>(
+          weights + row * block_size, block_size, value + column, next_tile, head_size, first,
+          last, out + row * head_size + column);
+    };
+    if (next && row == 0)
+      run(std::true_type{}, next + column);
+    else
+      run(std::false_type{}, nullptr);
   });
 }
 
@@ -189,14 +215,6 @@ inline const T* tile(const char* base, const Cache& cache, int64_t block, int64_
   return reinterpret_cast<const T*>(base) + block * cache.block_stride + head * cache.head_stride;
 }
 
-// A 64-byte-line prefetch of the next tile hides part of the jump between physical blocks.
-template <typename T>
-inline void prefetch_tile(const T* p, int64_t elements) {
-  const char* bytes = reinterpret_cast<const char*>(p);
-  for (int64_t i = 0; i < elements * static_cast<int64_t>(sizeof(T)); i += 64)
-    __builtin_prefetch(bytes + i, 0, 2);
-}
-
 struct DecodeArgs {
   Cache cache;
   int64_t group;
@@ -238,13 +256,12 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
     const int64_t base = logical(i) * block_size, physical = table[logical(i)];
     const T* key = tile<T>(a.cache.key, a.cache, physical, head);
     const T* value = tile<T>(a.cache.value, a.cache, physical, head);
-    if (i + 1 < last)
-      prefetch_tile(tile<T>(a.cache.key, a.cache, table[logical(i + 1)], head),
-                    head_size * block_size);
-    block_logits(scaled, a.group, key, head_size, block_size, logits);
-    if (reads_values && i + 1 < last)
-      prefetch_tile(tile<T>(a.cache.value, a.cache, table[logical(i + 1)], head),
-                    head_size * block_size);
+    const T *next_key = nullptr, *next_value = nullptr;
+    if (i + 1 < last) {
+      next_key = tile<T>(a.cache.key, a.cache, table[logical(i + 1)], head);
+      next_value = tile<T>(a.cache.value, a.cache, table[logical(i + 1)], head);
+    }
+    block_logits(scaled, a.group, key, next_key, head_size, block_size, logits);
     const int64_t end = std::min(block_size, position + 1 - base);
     const int64_t hidden_begin = std::clamp<int64_t>(gap_begin - base, 0, end);
     const int64_t hidden_end = std::clamp<int64_t>(gap_end - base, hidden_begin, end);
@@ -259,8 +276,8 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
     }
     if (!reads_values) continue;
     // Hidden tokens are not read at all: their memory may hold NaN, and 0 * NaN is NaN.
-    add_values(logits, a.group, block_size, value, head_size, 0, hidden_begin, out);
-    add_values(logits, a.group, block_size, value, head_size, hidden_end, end, out);
+    add_values(logits, a.group, block_size, value, next_value, head_size, 0, hidden_begin, out);
+    add_values(logits, a.group, block_size, value, next_value, head_size, hidden_end, end, out);
   }
 }
 
@@ -466,7 +483,7 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
     }
     const float* key = widen(tile<T>(a.cache.key, a.cache, table[block], t.head),
                              head_size * block_size, s.key);
-    block_logits(s.query.data(), rows, key, head_size, block_size, s.logits.data());
+    block_logits<float>(s.query.data(), rows, key, nullptr, head_size, block_size, s.logits.data());
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = first_position + r / group;
       const int64_t end = std::clamp<int64_t>(position + 1 - base, 0, block_size);
@@ -481,8 +498,8 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
     const int64_t end = std::clamp<int64_t>(last_position + 1 - base, 0, block_size);
     const int64_t gap_begin = std::clamp<int64_t>(sink - base, 0, end);
     const int64_t gap_end = std::clamp<int64_t>(window_begin - base, gap_begin, end);
-    add_values(s.logits.data(), rows, block_size, value, head_size, 0, gap_begin, s.out.data());
-    add_values(s.logits.data(), rows, block_size, value, head_size, gap_end, end, s.out.data());
+    add_values<float>(s.logits.data(), rows, block_size, value, nullptr, head_size, 0, gap_begin, s.out.data());
+    add_values<float>(s.logits.data(), rows, block_size, value, nullptr, head_size, gap_end, end, s.out.data());
   }
   for (int64_t r = 0; r < rows; ++r) {
     T* to = out + (start + t.first + r / group) * out_stride +
