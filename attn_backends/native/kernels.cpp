@@ -64,11 +64,11 @@ inline void logits_tile(const float* query, const T* key, const T* next, int64_t
     for (int c = 0; c < COLS; ++c) acc[r][c] = Vec(0.f);
   for (int64_t d = 0; d < head_size; ++d) {
     if constexpr (PREFETCH) prefetch(next + d * block_size, COLS * kLanes);
-    Vec k[COLS];
-    for (int c = 0; c < COLS; ++c) k[c] = load(key + d * block_size + c * kLanes);
-    for (int r = 0; r < ROWS; ++r) {
-      const Vec q(query[r * head_size + d]);
-      for (int c = 0; c < COLS; ++c) acc[r][c] = at::vec::fmadd(q, k[c], acc[r][c]);
+    Vec q[ROWS];
+    for (int r = 0; r < ROWS; ++r) q[r] = Vec(query[r * head_size + d]);
+    for (int c = 0; c < COLS; ++c) {
+      const Vec k = load(key + d * block_size + c * kLanes);
+      for (int r = 0; r < ROWS; ++r) acc[r][c] = at::vec::fmadd(q[r], k, acc[r][c]);
     }
   }
   for (int r = 0; r < ROWS; ++r)
@@ -85,11 +85,11 @@ inline void values_tile(const float* weights, int64_t weights_stride, const T* v
     for (int c = 0; c < COLS; ++c) acc[r][c] = Vec::loadu(out + r * head_size + c * kLanes);
   for (int64_t t = first; t < last; ++t) {
     if constexpr (PREFETCH) prefetch(next + t * head_size, COLS * kLanes);
-    Vec v[COLS];
-    for (int c = 0; c < COLS; ++c) v[c] = load(value + t * head_size + c * kLanes);
-    for (int r = 0; r < ROWS; ++r) {
-      const Vec w(weights[r * weights_stride + t]);
-      for (int c = 0; c < COLS; ++c) acc[r][c] = at::vec::fmadd(w, v[c], acc[r][c]);
+    Vec w[ROWS];
+    for (int r = 0; r < ROWS; ++r) w[r] = Vec(weights[r * weights_stride + t]);
+    for (int c = 0; c < COLS; ++c) {
+      const Vec v = load(value + t * head_size + c * kLanes);
+      for (int r = 0; r < ROWS; ++r) acc[r][c] = at::vec::fmadd(w[r], v, acc[r][c]);
     }
   }
   for (int r = 0; r < ROWS; ++r)
