@@ -48,6 +48,9 @@ def test_texts_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(chr(33 + i % 90) for i in range(5000)))
     first = prompts.text_prompts(Characters(), 1, 3, 500, corpus)
+    assert [len(ids) for ids in first] == [500] * 3
+    with pytest.raises(UserError, match=r"corpus.txt has 5000 tokens, less than the 5001"):
+        prompts.text_prompts(Characters(), 1, 1, 5001, corpus)
     assert first == prompts.text_prompts(Characters(), 1, 3, 500, corpus)
     assert [len(ids) for ids in first] == [500] * 3
     assert len(prompts.text_prompts(Characters(), 1, 2, 500, None)[1]) == 500

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_ext.errors import UserError
+
 _FILLER = (
     "The train left the station on time. Nobody was late. The conductor checked the tickets, "
     "the windows were clean, and the fields went by. "
 )
 _PLACES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Perth", "Turin", "Dakar", "Salem")
-_TEXT_FILES = ("difflib", "tarfile", "decimal", "ipaddress", "statistics", "logging/__init__")
+_TEXT_FILES = ("difflib", "tarfile", "_pydecimal", "ipaddress", "statistics", "logging/__init__")
 
 
 @dataclass(frozen=True)
@@ -133,16 +135,23 @@ def text_prompts(
 ) -> list[list[int]]:
     """Stretches of natural text: a file of the user's, or modules of the standard library that
     calibration does not use.
+
+    Raises:
+        UserError: a file is shorter than a prompt.
     """
     source = random.Random(seed)
-    if corpus is not None:
-        texts = [corpus.read_text(encoding="utf-8", errors="replace")]
-    else:
-        library = Path(sysconfig.get_paths()["stdlib"])
-        texts = [(library / f"{n}.py").read_text(encoding="utf-8") for n in _TEXT_FILES]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [corpus] if corpus is not None else [library / f"{name}.py" for name in _TEXT_FILES]
     prompts = []
     for number in range(num_prompts):
-        ids = tokenizer(texts[number % len(texts)], add_special_tokens=False)["input_ids"]
-        start = source.randrange(max(1, len(ids) - length_tokens))
+        file = files[number % len(files)]
+        text = file.read_text(encoding="utf-8", errors="replace")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) < length_tokens:
+            raise UserError(
+                f"{file} has {len(ids)} tokens, less than the {length_tokens} of a text prompt; "
+                "give a longer --corpus or fewer --text-tokens (--long-texts 0)"
+            )
+        start = source.randrange(len(ids) - length_tokens + 1)
         prompts.append(ids[start : start + length_tokens])
     return prompts
