@@ -15,7 +15,7 @@ class CpuPagedAttention:
     """vLLM's CPU attention op. Dense only: it has a window but no sinks, and no masks."""
 
     def __init__(self) -> None:
-        # Of this step's decode and prefill rows of each KV group: not once per layer.
+        # Of this step's prefill rows, for each KV group: not once per layer.
         self._metadata: list[tuple[PagedBatch, torch.Tensor]] = []
 
     def run(

@@ -150,9 +150,9 @@ def _schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
         )
     if config.anchor_attention == "full":
         return composition.schedule
-    swap = {LayerRole.ANCHOR: LayerRole.SELF}
-    roles = tuple(swap.get(role, role) for role in composition.schedule.roles)
-    return replace(composition.schedule, roles=roles)
+    roles = composition.schedule.roles
+    selecting = tuple(LayerRole.SELF if role is LayerRole.ANCHOR else role for role in roles)
+    return replace(composition.schedule, roles=selecting)
 
 
 def _retention(config: TidalConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:

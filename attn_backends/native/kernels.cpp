@@ -371,8 +371,8 @@ void decode_typed(const DecodeArgs& a, const at::Tensor& query, const at::Tensor
       std::fill(states.begin(), states.end(), SoftmaxState{});
       decode_piece<T>(a, query_data + piece.row * query.stride(0) + piece.head * group * head_size,
                       piece.row, piece.head, piece.first, piece.last, scratch.data(),
-                      states.data(), out_data ? sums.data() : nullptr, stats_of(piece.row * heads + piece.head),
-                      mass_width);
+                      states.data(), out_data ? sums.data() : nullptr,
+                      stats_of(piece.row * heads + piece.head), mass_width);
       for (int64_t g = 0; g < group; ++g) {
         float* slot = partial.data() + (i * group + g) * width;
         std::memcpy(slot, sums.data() + g * head_size, head_size * sizeof(float));
@@ -498,8 +498,10 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
     const int64_t end = std::clamp<int64_t>(last_position + 1 - base, 0, block_size);
     const int64_t gap_begin = std::clamp<int64_t>(sink - base, 0, end);
     const int64_t gap_end = std::clamp<int64_t>(window_begin - base, gap_begin, end);
-    add_values<float>(s.logits.data(), rows, block_size, value, nullptr, head_size, 0, gap_begin, s.out.data());
-    add_values<float>(s.logits.data(), rows, block_size, value, nullptr, head_size, gap_end, end, s.out.data());
+    add_values<float>(s.logits.data(), rows, block_size, value, nullptr, head_size, 0, gap_begin,
+                      s.out.data());
+    add_values<float>(s.logits.data(), rows, block_size, value, nullptr, head_size, gap_end, end,
+                      s.out.data());
   }
   for (int64_t r = 0; r < rows; ++r) {
     T* to = out + (start + t.first + r / group) * out_stride +

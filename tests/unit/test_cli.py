@@ -58,12 +58,12 @@ def test_methods_table_has_every_method(capsys: pytest.CaptureFixture[str]) -> N
         ),
         (
             ["bench", "decode", "--arms", "TIDAL_DECODE:budget_tokens=many"],
-            ["budget_tokens=many", "int"],
+            ["budget_tokens", "many", "int"],
         ),
         (["bench", "decode", "--batch", "0", "--model", "MODEL"], ["--batch"]),
         (
             ["bench", "capacity", "--model", "MODEL"],
-            ["--context-tokens 7900", "2048", "1760 works"],
+            ["--context-tokens 7900", "2048"],
         ),
         (["eval", "MODEL", "--passkey", "5,4"], ["--passkey", "[5, 4]", "3 lengths"]),
         (["eval", "MODEL", "--lengths", "1024", "--multi-key", "-1"], ["--multi-key", "[-1]"]),

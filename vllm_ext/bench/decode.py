@@ -18,21 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_backends.config import known_settings, settings_of
+from attn_backends.config import known_settings
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.engine_process import EngineProcess, kv_token_bytes
-from vllm_ext.errors import UserError
 from vllm_ext.plugin import DISABLE_ENV, vllm_version
 
 STOCK = "stock"  # extension switched off
 INSTALLED = "installed"  # extension active, no method chosen
-EXAMPLE_ARM = "TIDAL_DECODE:budget_tokens=256:kernel=cpu"
-_PARSERS: dict[str, Callable[[str], Any]] = {
-    "int": int,
-    "float": float,
-    "str": str,
-    "bool": lambda text: {"true": True, "false": False}[text],
-}
 
 
 @dataclass(frozen=True)
@@ -48,33 +40,6 @@ class Arm:
     name: str
     engine: str
     settings: dict[str, Any]
-
-
-def parse_arm(text: str) -> Arm:
-    """An arm from ``ENGINE`` or ``METHOD:setting=value:...``, such as ``EXAMPLE_ARM``.
-
-    Raises:
-        UserError: an unknown engine or setting, or a value of another type.
-    """
-    engine, *pairs = text.split(":")
-    if engine not in (STOCK, INSTALLED, *REGISTRY):
-        known = ", ".join((STOCK, INSTALLED, *REGISTRY))
-        raise UserError(f"--arms: unknown {engine}; choose from {known}")
-    known_fields = settings_of(load_method(engine).config_cls) if engine in REGISTRY else {}
-    settings = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or key not in known_fields:
-            raise UserError(
-                f"--arms: {pair!r} is no setting=value of {engine}, which knows "
-                f"{', '.join(known_fields) or 'none'}; {EXAMPLE_ARM} works"
-            )
-        type_name = str(known_fields[key].type)
-        try:
-            settings[key] = _PARSERS[type_name](value)
-        except (ValueError, KeyError):
-            raise UserError(f"--arms: {pair!r} must be of type {type_name}") from None
-    return Arm(text, engine, settings)
 
 
 @dataclass(frozen=True)

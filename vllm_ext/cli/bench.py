@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
-from attn_backends.methods import REGISTRY
+from attn_backends.config import settings_of
+from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.bench import capacity, decode, kernel, kernel_report, workloads
 from vllm_ext.bench.cases import OPS
-from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, setting_fields
+from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, parse_setting, setting_fields
 from vllm_ext.errors import UserError
+
+_EXAMPLE_ARM = "TIDAL_DECODE:budget_tokens=256:kernel=cpu"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,7 +58,7 @@ def _add_decode_flags(parser: argparse.ArgumentParser) -> None:
         default=f"{decode.STOCK},{decode.INSTALLED},SPARSE_FULL",
         help="comma-separated; stock (extension off), installed (no method chosen) or a "
         f"method: {', '.join(REGISTRY)}, alone or with settings of its own, "
-        f"{decode.EXAMPLE_ARM}. Ratios are to the first",
+        f"{_EXAMPLE_ARM}. Ratios are to the first",
     )
     add_setting_flags(parser)
 
@@ -121,7 +124,7 @@ def main(argv: list[str]) -> int:
 
 
 def _decode(args: argparse.Namespace) -> int:
-    arms = [decode.parse_arm(text) for text in _names(args.arms)]
+    arms = [_arm(text) for text in _names(args.arms)]
     if len({arm.name for arm in arms}) < len(arms):
         raise UserError(f"--arms: {args.arms} names an arm twice")
     if not Path(args.model, "config.json").is_file():
@@ -141,6 +144,30 @@ def _decode(args: argparse.Namespace) -> int:
     return 0
 
 
+def _arm(text: str) -> decode.Arm:
+    """An arm from ``ENGINE`` or ``METHOD:setting=value:...``, such as ``_EXAMPLE_ARM``.
+
+    Raises:
+        UserError: an unknown engine or setting, or a value of another type.
+    """
+    engine, *pairs = text.split(":")
+    _known_names("--arms", engine, (decode.STOCK, decode.INSTALLED, *REGISTRY))
+    known_fields = settings_of(load_method(engine).config_cls) if engine in REGISTRY else {}
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key not in known_fields:
+            raise UserError(
+                f"--arms: {pair!r} is no setting=value of {engine}, which knows "
+                f"{', '.join(known_fields) or 'none'}; {_EXAMPLE_ARM} works"
+            )
+        try:
+            settings[key] = parse_setting(str(known_fields[key].type), value)
+        except ValueError as error:
+            raise UserError(f"--arms: {key} {error}") from None
+    return decode.Arm(text, engine, settings)
+
+
 def _capacity(args: argparse.Namespace) -> int:
     arms = _known_names("--arms", args.arms, (decode.STOCK, *REGISTRY))
     if not Path(args.model, "config.json").is_file():
@@ -150,8 +177,8 @@ def _capacity(args: argparse.Namespace) -> int:
     positions = json.loads(Path(args.model, "config.json").read_text())["max_position_embeddings"]
     if args.context_tokens + args.new_tokens > positions:
         raise UserError(
-            f"--context-tokens {args.context_tokens} and --new-tokens {args.new_tokens} exceed the "
-            f"model's {positions} positions; --context-tokens {positions - args.new_tokens} works"
+            f"--context-tokens {args.context_tokens} + --new-tokens {args.new_tokens} must be at "
+            f"most the model's {positions} positions"
         )
     load = capacity.Load(**{name: getattr(args, name) for name in names if name != "seed"})
     settings = {key: value for key, value in vars(args).items() if key in setting_fields()}

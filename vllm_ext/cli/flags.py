@@ -10,6 +10,7 @@ import argparse
 import inspect
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from attn_backends.config import KERNEL_CHOICES, POLICY_KEY, settings_of
@@ -18,7 +19,12 @@ from vllm_ext.engine_process import DTYPES, cpu_dtype
 from vllm_ext.errors import UserError
 
 POLICY_FLAG = "--sparse-config"
-_TYPES = {"int": int, "str": str, "float": float}
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "str": str,
+    "float": float,
+    "bool": lambda text: {"true": True, "false": False}[text],
+}
 
 
 def flag_of(setting: str) -> str:
@@ -33,6 +39,18 @@ def setting_fields() -> dict[str, str]:
         for name in REGISTRY
         for setting, field in settings_of(load_method(name).config_cls).items()
     }
+
+
+def parse_setting(type_name: str, text: str) -> Any:
+    """A setting's value from text.
+
+    Raises:
+        ValueError: it is not of the type.
+    """
+    try:
+        return _PARSERS[type_name](text)
+    except (KeyError, ValueError):
+        raise ValueError(f"must be of type {type_name}, got {text!r}") from None
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +70,7 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
         choices = KERNEL_CHOICES if name == "kernel" else None
         group.add_argument(
             flag,
-            type=_TYPES[type_name],
+            type=_PARSERS[type_name],
             default=argparse.SUPPRESS,
             choices=choices,
             metavar=None if choices else type_name.upper(),
