@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -81,6 +81,11 @@ class LayerSchedule:
     def dropped(self) -> tuple[int, ...]:
         """Indices of the DROP layers."""
         return tuple(i for i, role in enumerate(self.roles) if role is LayerRole.DROP)
+
+    def with_selecting_anchors(self) -> LayerSchedule:
+        """Anchors attend what they select only: ANCHOR becomes SELF (docs/adr/0009)."""
+        roles = (LayerRole.SELF if role is LayerRole.ANCHOR else role for role in self.roles)
+        return replace(self, roles=tuple(roles))
 
     @classmethod
     def uniform(cls, role: LayerRole, num_layers: int) -> LayerSchedule:

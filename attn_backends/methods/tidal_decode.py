@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,7 @@ def _schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
         )
     if config.anchor_attention == "full":
         return composition.schedule
-    roles = composition.schedule.roles
-    selecting = tuple(LayerRole.SELF if role is LayerRole.ANCHOR else role for role in roles)
-    return replace(composition.schedule, roles=selecting)
+    return composition.schedule.with_selecting_anchors()
 
 
 def _retention(config: TidalConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:

@@ -69,7 +69,8 @@ def markdown(profile: Profile, image: Path | None) -> str:
         *(f"| {verdict['anchors']} {_row(verdict)}" for verdict in calibration["verdicts"]),
         "",
         "KL divergence and top-1 agreement of next-token distributions against dense, under forced "
-        "decoding of each prompt's last tokens (transformers, fp32).",
+        "decoding of each prompt's last tokens (transformers, fp32; anchors attend what they "
+        "select).",
         *_layers(profile),
         *_sinks(profile),
     ]

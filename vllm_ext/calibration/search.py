@@ -2,7 +2,7 @@
 
 1. *Errors* of every layer under every earlier layer's selection (``reuse_error``).
 2. *Dynamic programming* over the layers for the sets of ``n`` anchors of least total error.
-3. *Verification*: the best sets, then single-anchor moves around the winner, are judged by the
+3. *Verification*: the best sets, then single-anchor moves from the winner, are judged by the
    KL divergence of their next-token distributions from dense ones under forced decoding. The
    proxy alone is not trusted.
 4. *Held-out prompts*, which chose nothing, give the figures that the profile states.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from attn_backends.findings import Findings
-from attn_backends.plan import LayerRole, LayerSchedule
+from attn_backends.plan import SELECTING_ROLES, LayerRole, LayerSchedule
 from vllm_ext.calibration.data import Example
 from vllm_ext.calibration.layer_similarity import LayerSimilarity
 from vllm_ext.calibration.probe import Probe
@@ -121,8 +121,8 @@ def best_anchor_sets(
     """Anchor sets of least total error, best first.
 
     Args:
-        costs: ``[num_layers a, num_layers b]``, of ``b`` reading ``a``'s selection; those of a
-            layer's own are not counted, for anchors read everything.
+        costs: ``[num_layers a, num_layers b]``, of ``b`` reading ``a``'s selection; anchors
+            attend their own.
         num_anchors: anchors in a set; the first is ``first_layer``.
         first_layer: the first layer that is not dense.
         num_sets: how many to return.
@@ -130,7 +130,7 @@ def best_anchor_sets(
     num_layers = costs.shape[0]
 
     def span(anchor: int, end: int) -> float:
-        return float(costs[anchor, anchor + 1 : end].sum())
+        return float(costs[anchor, anchor:end].sum())
 
     # best[m][j]: sets of m anchors that cover [first_layer, j), with their cost.
     best: list[dict[int, list[tuple[float, tuple[int, ...]]]]] = [{first_layer: [(0.0, ())]}]
@@ -204,7 +204,7 @@ def verify(
         divergences[example.kind].append((dense.exp() * (dense - sparse)).sum(-1))
         agreements[example.kind].append((dense.argmax(-1) == sparse.argmax(-1)).float())
     probe.schedule = None
-    anchors = tuple(i for i, role in enumerate(schedule.roles) if role is LayerRole.ANCHOR)
+    anchors = tuple(i for i, role in enumerate(schedule.roles) if role in SELECTING_ROLES)
 
     def mean(values: list[torch.Tensor]) -> float:
         return round(float(torch.cat(values).mean()), 6) if values else 0.0
@@ -234,7 +234,8 @@ def search(
     judge: Callable[[tuple[int, ...]], Verdict],
     max_verifications: int,
 ) -> tuple[Verdict, list[Verdict]]:
-    """Judges candidates, then moves single anchors of the best while that helps.
+    """Judges candidates, then moves single anchors of the best while that helps, each time from
+    the best so far.
 
     Args:
         candidates: anchor sets from the proxy.
@@ -254,14 +255,16 @@ def search(
     for anchors in candidates:
         look_at(anchors)
     best = min(seen.values(), key=lambda v: v.loss)
-    while len(seen) < max_verifications:
-        for index, shift in itertools.product(range(1, len(best.anchors)), (-1, 1, -2, 2)):
-            moved = list(best.anchors)
-            moved[index] += shift
-            if moved == sorted(set(moved)) and moved[-1] < num_layers:
-                look_at(tuple(moved))
-        winner = min(seen.values(), key=lambda v: v.loss)
-        if winner is best:
+    moves = list(itertools.product(range(1, len(best.anchors)), (-1, 1, -2, 2)))
+    since_better = 0  # moves in a row that did not help
+    for index, shift in itertools.cycle(moves):
+        if since_better == len(moves) or len(seen) == max_verifications:
             break
-        best = winner
+        since_better += 1
+        moved = list(best.anchors)
+        moved[index] += shift
+        if moved == sorted(set(moved)) and moved[-1] < num_layers:
+            look_at(tuple(moved))
+            if seen[tuple(moved)].loss < best.loss:
+                best, since_better = seen[tuple(moved)], 0
     return best, list(seen.values())

@@ -24,7 +24,7 @@ from vllm_ext.calibration.probe import Budget, Probe, load_probed_model
 from vllm_ext.calibration.search import Recording, Verdict
 from vllm_ext.errors import UserError
 
-DENSE_LAYERS = 2
+DENSE_LAYERS = 1
 HELD_OUT_SEED = 1_000_003  # added to --seed: prompts that choose nothing
 
 
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PROFILE",
         help="judge profiles on the prompts of --seed, one line each",
     )
-    parser.add_argument("--anchors", type=int, default=6, help="anchor layers (6)")
+    parser.add_argument("--anchors", type=int, default=8, help="anchor layers (8)")
     parser.add_argument("--budget-tokens", type=int, default=512, help="calibrated for (512)")
     parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block (32)")
     parser.add_argument("--context-tokens", type=int, default=4096, help="longest prompt (4096)")
@@ -127,7 +127,8 @@ class State:
         self._path = args.output.with_suffix(".state.json")
         free = ("output", "drop", "window_instead")  # they change no verdict on anchors
         kept = {key: str(value) for key, value in vars(args).items() if key not in free}
-        self._key = kept | {"fingerprint": fingerprint(Path(args.model))}
+        served = {"anchor_attention": "selected"}  # what the verdicts are of
+        self._key = kept | served | {"fingerprint": fingerprint(Path(args.model))}
         self._verdicts: dict[str, dict[str, Any]] = {}
         if self._path.is_file():
             found = json.loads(self._path.read_text())
@@ -182,8 +183,9 @@ class Bench:
         ]
 
     def verify(self, schedule: LayerSchedule, recordings: list[Recording]) -> Verdict:
-        """See ``search.verify``."""
-        return search.verify(self.model, self.probe, schedule, recordings)
+        """See ``search.verify``; anchors attend their selection, as they do when served."""
+        served = schedule.with_selecting_anchors()
+        return search.verify(self.model, self.probe, served, recordings)
 
 
 def _budget(budget_tokens: int, block_size: int) -> Budget:
