@@ -24,7 +24,7 @@ def bad_profile(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> st
     shipped = shipped_profile(Path(model_path))
     assert shipped is not None
     content = json.loads(shipped.model_dump_json())
-    content |= {"anchor_layers": BAD_ANCHORS, "head_maps": {}}
+    content |= {"dense_layers": [0, 1], "anchor_layers": BAD_ANCHORS, "head_maps": {}}
     path = tmp_path_factory.mktemp("profile") / "bad.json"
     path.write_text(json.dumps(content))
     return str(path)

@@ -20,9 +20,9 @@ SETTINGS = {"budget_tokens": 256, "min_context_tokens": 300}
 UNCHANGED = {
     "settings": SETTINGS,
     "layers": [
-        {"layers": "0-1", "role": "dense"},
-        {"layers": [2, 7, 8, 14, 18, 20], "role": "anchor"},
-        {"layers": "21-29", "role": "reuse", "retention": "all"},
+        {"layers": "0", "role": "dense"},
+        {"layers": [1, 3, 7, 8, 14, 18, 20, 21], "role": "anchor"},
+        {"layers": "22-29", "role": "reuse", "retention": "all"},
     ],
 }
 # 18 layers keep everything, twice 6 free: groups of 6, so that anchors and the layers that

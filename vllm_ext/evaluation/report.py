@@ -94,8 +94,10 @@ def plots(evaluation: dict[str, Any], prefix: Path) -> list[Path]:
     except ImportError:
         return []
     matplotlib.use("agg")
-    written = [prefix.with_name(prefix.name + "-budget.png")]
-    _plot_budgets(evaluation, written[0])
+    written = []
+    if evaluation["needles"] or any(evaluation["texts"].values()):
+        written.append(prefix.with_name(prefix.name + "-budget.png"))
+        _plot_budgets(evaluation, written[-1])
     if evaluation["nll_by_position"]:
         written.append(prefix.with_name(prefix.name + "-position.png"))
         _plot_positions(evaluation["nll_by_position"], written[-1])
@@ -114,25 +116,29 @@ def _plot_budgets(evaluation: dict[str, Any], path: Path) -> None:
         split = _budget_of(name)
         if split is not None:
             curves.setdefault(split[0], []).append((split[1], figures))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), dpi=120)
-    for method, points in curves.items():
-        budgets = [budget for budget, _ in points]
-        if columns[DENSE]["needles"] is not None:
-            left.plot(budgets, [f["needles"] for _, f in points], marker="o", label=method)
-        if points[0][1]["kl"] is not None:
-            right.plot(budgets, [f["kl"] for _, f in points], marker="o", label=method)
-    if columns[DENSE]["needles"] is not None:
-        left.axhline(columns[DENSE]["needles"], color="grey", linestyle="--", label="dense")
-    left.set(title="needles", xlabel="budget, tokens per KV head", ylabel="found", ylim=(0, 1.05))
-    right.set(title="natural text", xlabel="budget, tokens per KV head", ylabel="mean KL to dense")
-    right.set_yscale("log")
-    for axes in (left, right):
-        if axes.lines:
-            axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
+    measured = [key for key in ("needles", "kl") if columns[DENSE][key] is not None]
+    figure, panels = pyplot.subplots(
+        1, len(measured), figsize=(5 * len(measured), 4), dpi=120, squeeze=False
+    )
+    for key, panel in zip(measured, panels[0], strict=True):
+        for method, points in curves.items():
+            budgets, values = zip(*((b, f[key]) for b, f in points), strict=True)
+            panel.plot(budgets, values, marker="o", label=method)
+        panel.set(xlabel="budget, tokens per KV head", **_BUDGET_PANELS[key])
+        panel.grid(alpha=0.3)
+        if key == "needles":
+            panel.axhline(columns[DENSE][key], color="grey", linestyle="--", label="dense")
+        if panel.lines:
+            panel.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+_BUDGET_PANELS: dict[str, dict[str, Any]] = {
+    "needles": {"title": "needles", "ylabel": "found", "ylim": (0, 1.05)},
+    "kl": {"title": "natural text", "ylabel": "mean KL to dense", "yscale": "log"},
+}
 
 
 def _plot_positions(curves: dict[str, list[float]], path: Path) -> None:
