@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from deploy.loadtest import grid
@@ -68,6 +69,14 @@ class Plan:
         return self.deadline_s - time.monotonic()
 
 
+def tokenizer_of(root: str) -> str:
+    """The folder of a served model. Ray's model list has the model's id only: that of a model in
+    ``models/``, as ``make ray`` serves it, means the folder.
+    """
+    local = Path("models", root)
+    return str(local) if not Path(root).is_dir() and local.is_dir() else root
+
+
 def run(arms: list[Arm], plan: Plan, store: Store, echo: Callable[[str], None]) -> None:
     """Runs every cell that the store does not have.
 
@@ -125,7 +134,7 @@ def _run_arm(
 ) -> None:
     with _up(arm, plan, progress.echo):
         name, root = served_model(arm.url)
-        target = Target(arm.url, name, plan.tokenizer or root, plan.slo)
+        target = Target(arm.url, name, plan.tokenizer or tokenizer_of(root), plan.slo)
         client = BenchClient(plan.client_env)
         try:
             progress.echo(f"{arm.name}: warming up")
@@ -136,7 +145,8 @@ def _run_arm(
             for cell in todo:
                 _run_cell(arm, cell, plan, target, client, store, progress)
         except (ClientFailed, OutOfTime) as error:
-            raise UserError(f"the warm-up failed: {error}") from None
+            what = str(error).strip().splitlines()[-1]  # of a traceback
+            raise UserError(f"the warm-up failed: {what}\n{error}") from None
         finally:
             client.close()
 

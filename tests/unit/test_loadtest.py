@@ -11,6 +11,7 @@ import pytest
 
 from deploy.loadtest import __main__ as command
 from deploy.loadtest import client, crossover, endpoint, grid, report
+from deploy.loadtest.run import tokenizer_of
 from deploy.loadtest.server import serve_words
 from deploy.loadtest.store import Store
 from vllm_ext.errors import UserError
@@ -308,3 +309,13 @@ def test_started_arms_are_stock_and_every_method_but_the_oracle() -> None:
 def test_refusals(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*words, "--output", "/nonexistent/run"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_id_without_a_folder_means_the_model_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    assert tokenizer_of("tiny") == "models/tiny"  # Ray's model list
+    assert tokenizer_of("models/tiny") == "models/tiny"  # vLLM's
+    assert tokenizer_of("org/other") == "org/other"
