@@ -226,6 +226,8 @@ def _run(args: argparse.Namespace) -> int:
     slo_ms = {name: bound for name, bound in slo.items() if bound is not None}
     settings = {"slo_ms": slo_ms, "seed": args.seed, "tokenizer": args.tokenizer}
     store = Store(args.output.with_suffix(".json"), settings, machine(), args.fresh)
+    if args.note:
+        store.add_note(args.note)
     env = client_environment(args.allow_remote)
     max_minutes = args.max_minutes or (10 if args.small else 60)
     deadline_s = time.monotonic() + 60 * max_minutes

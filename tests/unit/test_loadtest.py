@@ -319,3 +319,9 @@ def test_an_id_without_a_folder_means_the_model_of_that_name(
     assert tokenizer_of("tiny") == "models/tiny"  # Ray's model list
     assert tokenizer_of("models/tiny") == "models/tiny"  # vLLM's
     assert tokenizer_of("org/other") == "org/other"
+
+
+def test_a_note_is_kept_for_the_reader(tmp_path: Path) -> None:
+    words = ["--url", "http://127.0.0.1:1", "--small", "--note", "of commit abc"]
+    assert command.main([*words, "--output", str(tmp_path / "run")]) == 1  # no server there
+    assert json.loads((tmp_path / "run.json").read_text())["notes"] == ["of commit abc"]
