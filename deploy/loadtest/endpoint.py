@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ PREFIX_HITS = "vllm:prefix_cache_hits_total"
 PREFIX_QUERIES = "vllm:prefix_cache_queries_total"
 PREEMPTIONS = "vllm:num_preemptions_total"
 _POLL_S = 0.5
+RAY_LAG_S = 15.0  # Ray's port shows a figure up to that late
 
 
 def require_loopback(flag: str, url: str) -> None:
@@ -122,6 +124,19 @@ def read_figures(text: str) -> Figures:
     return figures
 
 
+def settled_figures(metrics_url: str) -> Figures:
+    """A reading that has everything that has happened; on Ray's port it waits for that.
+
+    Raises:
+        UserError: no answer.
+    """
+    text = fetch(metrics_url)
+    if "ray_vllm" in text:
+        time.sleep(RAY_LAG_S)
+        text = fetch(metrics_url)
+    return read_figures(text)
+
+
 def difference(before: Figures, after: Figures, peak_kv_use: float | None) -> dict[str, Any]:
     """What happened between two readings, for a cell's record.
 
@@ -159,7 +174,7 @@ class Watch:
         self._failure: UserError | None = None
 
     def __enter__(self) -> Watch:
-        self._before = read_figures(fetch(self._url))
+        self._before = settled_figures(self._url)
         self._thread.start()
         return self
 
@@ -184,5 +199,5 @@ class Watch:
         Raises:
             UserError: /metrics no longer answers.
         """
-        figures = difference(self._before, read_figures(fetch(self._url)), self._peak)
+        figures = difference(self._before, settled_figures(self._url), self._peak)
         return figures | {"metrics_failure": str(self._failure) if self._failure else None}

@@ -154,6 +154,19 @@ def test_figures_are_the_cells_own_and_their_names_those_of_ray_too() -> None:
     assert endpoint.read_figures(ray) == after
 
 
+def test_rays_late_figures_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = METRICS.replace("vllm_ext:", "ray_vllm_ext_").replace("vllm:", "ray_vllm_")
+    pages = [ray, ray.replace("9.0", "40.0")]  # before and after the wait
+    waits: list[float] = []
+    monkeypatch.setattr(endpoint, "fetch", lambda _: pages[len(waits)])
+    monkeypatch.setattr(endpoint.time, "sleep", waits.append)
+    assert endpoint.settled_figures("http://[::1]:1").rows["sparse selected"] == 40.0
+    assert waits == [endpoint.RAY_LAG_S]
+    pages[1] = METRICS  # not Ray's: what it says now is what has happened
+    assert endpoint.settled_figures("http://[::1]:1").rows["sparse selected"] == 9.0
+    assert len(waits) == 1
+
+
 def test_a_server_without_the_extension_has_no_activation_ratio() -> None:
     stock = endpoint.read_figures("# TYPE vllm:x gauge\nvllm:x 1\n")
     found = endpoint.difference(stock, stock, None)

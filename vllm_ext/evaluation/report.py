@@ -107,6 +107,12 @@ def plots(evaluation: dict[str, Any], prefix: Path) -> list[Path]:
     return written
 
 
+_BUDGET_PANELS: dict[str, dict[str, Any]] = {
+    "needles": {"title": "needles", "ylabel": "found", "ylim": (0, 1.05)},
+    "kl": {"title": "natural text", "ylabel": "mean KL to dense", "yscale": "log"},
+}
+
+
 def _plot_budgets(evaluation: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
@@ -133,12 +139,6 @@ def _plot_budgets(evaluation: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
-
-
-_BUDGET_PANELS: dict[str, dict[str, Any]] = {
-    "needles": {"title": "needles", "ylabel": "found", "ylim": (0, 1.05)},
-    "kl": {"title": "natural text", "ylabel": "mean KL to dense", "yscale": "log"},
-}
 
 
 def _plot_positions(curves: dict[str, list[float]], path: Path) -> None:
