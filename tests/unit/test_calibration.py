@@ -52,6 +52,14 @@ def test_search_moves_anchors_while_that_helps() -> None:
     assert len(few) == 3
 
 
+def test_search_moves_one_anchor_after_another() -> None:
+    def judge(anchors: tuple[int, ...]) -> Verdict:
+        return Verdict(anchors, abs(anchors[1] - 6) + abs(anchors[2] - 8), 0.0, 1.0, 1.0)
+
+    best, _ = search([(2, 4, 10)], 12, judge, 50)
+    assert best.anchors == (2, 6, 8)  # neither anchor could get there alone
+
+
 @pytest.fixture(scope="module")
 def probe() -> Probe:
     return Probe(Budget(block_size=16, budget_blocks=3, sink_blocks=1, recent_blocks=1))
