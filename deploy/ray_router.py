@@ -1,14 +1,21 @@
-"""Prefix-affinity routing that survives prompts without text.
+"""Prefix-affinity routing that survives prompts without text and bursts of prompts.
 
 Ray's router divides by the length of a prompt's text; of token ids and of empty prompts it sees
 none, and such a request then waits for ever (ray-project/ray#64573, open in 2.60).
+
+It also learns where a request went only once a replica has taken it: of prompts that arrive
+together each sees the same queues and the same prefix tree, and all go to one replica.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from ray.serve.llm.request_router import PrefixCacheAffinityRouter
+
+from deploy.ray_balance import Assignments, least_loaded
 
 
 def prefix_text(prompt: Any) -> str | None:
@@ -25,7 +32,16 @@ def prefix_text(prompt: Any) -> str | None:
 
 
 class PrefixRouter(PrefixCacheAffinityRouter):
-    """Ray's router; token ids have prefixes too, and what has none is routed by queue length."""
+    """Ray's router; token ids have prefixes too, and a burst is spread as it arrives.
+
+    A prompt whose beginning a replica knows goes there unless that replica has
+    `imbalanced_threshold` more requests in flight than another; any other prompt goes where the
+    fewest are. Sizes of prefix trees, Ray's measure for these, only decide between equals.
+    """
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        super().initialize_state(**kwargs)
+        self._assignments = Assignments()
 
     def _extract_text_from_request(self, pending_request: Any) -> str | None:
         for argument in pending_request.args:
@@ -35,3 +51,47 @@ class PrefixRouter(PrefixCacheAffinityRouter):
             return super()._extract_text_from_request(pending_request) or None
         except ValueError:  # neither prompt nor messages, as with prompt embeddings
             return None
+
+    async def _is_known(self, pending_request: Any, replicas: Sequence[Any]) -> bool:
+        """Whether some replica's prefix tree has enough of the prompt, as Ray judges it."""
+        text = self._extract_text_from_request(pending_request)
+        if text is None:
+            return False
+        ids = [replica.replica_id.to_full_id_str() for replica in replicas]
+        matched, _ = await self._tree_actor.prefix_match.remote(text, ids)
+        return len(matched) / len(text) >= self._match_rate_threshold
+
+    def _load(self, replica: Any, ours: Counter[Any]) -> int:
+        """Requests in flight; other ingress replicas' show in Ray's count only, and late."""
+        ray_count = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        return max(ours[replica.replica_id], ray_count)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[Any], pending_request: Any = None
+    ) -> list[list[Any]]:
+        """Ray's choice, corrected by what is in flight."""
+        ranks = await super().choose_replicas(candidate_replicas, pending_request)
+        preferred = [replica for rank in ranks for replica in rank]
+        # A model that only some replicas have loaded (LoRA) stays where Ray put it.
+        if pending_request is None or not preferred or self._is_multiplexed(pending_request):
+            return ranks
+        is_known = await self._is_known(pending_request, candidate_replicas)
+        slack = self._imbalanced_threshold if is_known else 0
+        # No await from here on: of two choices at once the second sees the first.
+        ours = self._assignments.loads()
+        alive = [r for r in candidate_replicas if r.replica_id in self.curr_replicas]
+        replica = least_loaded(preferred, alive, lambda each: self._load(each, ours), slack)
+        self._assignments.choose(pending_request, replica.replica_id)
+        return [[replica]]
+
+    @staticmethod
+    def _is_multiplexed(pending_request: Any) -> bool:
+        return bool(pending_request.metadata.multiplexed_model_id)
+
+    def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
+        self._assignments.deliver(pending_request)
+        super().on_request_routed(pending_request, replica_id, result)
+
+    def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
+        self._assignments.complete(internal_request_id)
+        super().on_request_completed(replica_id, internal_request_id)
