@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +26,7 @@ KEY = "test-key"
 PORT, RAY_PORT = 8300, 8310
 METRICS = f"http://127.0.0.2:{RAY_PORT + 6}/metrics"
 ROWS = "ray_vllm_ext_decode_rows_total"
+REQUESTS = "ray_vllm_request_success_total"
 REPORT_S = 15  # Ray's metrics are behind by up to that
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -66,15 +70,15 @@ def client(application: SimpleNamespace) -> Any:
     return OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key=KEY, timeout=120)
 
 
-def _rows() -> dict[str, float]:
-    """Decode rows by path, over all replicas, from Ray's metrics port."""
+def _totals(name: str, label: str) -> Counter[str]:
+    """A counter of Ray's metrics port, by one of its labels."""
     with urllib.request.urlopen(METRICS, timeout=10) as reply:
         lines = reply.read().decode().splitlines()
-    totals = {"sparse": 0.0, "dense": 0.0}
+    totals: Counter[str] = Counter()
     for line in lines:
-        if line.startswith(ROWS + "{"):
-            path = "sparse" if 'path="sparse"' in line else "dense"
-            totals[path] += float(line.rpartition(" ")[2])
+        found = re.match(rf'{name}\{{.*\b{label}="([^"]*)".*\}} (\S+)$', line)
+        if found:
+            totals[found[1]] += int(float(found[2]))
     return totals
 
 
@@ -94,7 +98,7 @@ def test_it_answers_whole_and_streaming(client: Any) -> None:
 
 def test_long_prompts_are_served_by_the_method(client: Any) -> None:
     time.sleep(REPORT_S)
-    before = _rows()
+    before = _totals(ROWS, "path")
     for number in range(2):
         prompt = [100 + (7 * number + 13 * position) % 9000 for position in range(3000)]
         answer = client.completions.create(
@@ -106,10 +110,25 @@ def test_long_prompts_are_served_by_the_method(client: Any) -> None:
         )
         assert answer.usage.completion_tokens == 64
     time.sleep(REPORT_S)
-    after = _rows()
+    after = _totals(ROWS, "path")
     sparse, dense = (after[path] - before[path] for path in ("sparse", "dense"))
     assert sparse + dense >= 2 * 63
     assert sparse / (sparse + dense) > 0.99
+
+
+def test_a_burst_after_a_pause_is_spread(client: Any) -> None:
+    time.sleep(REPORT_S)  # Ray's queue lengths are forgotten by now, too
+    before = _totals(REQUESTS, "ReplicaId")
+    prompts = [[100 + (7 * i + 17 * k * i) % 9000 for i in range(400)] for k in range(1, 5)]
+
+    def ask(prompt: list[int]) -> None:
+        client.completions.create(model=MODEL, prompt=prompt, max_tokens=2, temperature=0)
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        list(pool.map(ask, prompts))
+    time.sleep(REPORT_S)
+    after = _totals(REQUESTS, "ReplicaId")
+    assert sorted((after - before).values()) == [2, 2]
 
 
 def test_prompts_without_text_do_not_hang(client: Any) -> None:
