@@ -13,6 +13,7 @@ from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import Geometry
 from attn_backends.plan import AnchorState
 from attn_backends.recall import RecallWatch
+from attn_backends.reselection import SelectionKeeper
 from kvcache.retention import KeepAll, RetentionPolicy
 
 PRESETS = {  # what a request may name
@@ -87,6 +88,8 @@ class BudgetConfig(MethodConfig):
 class BudgetSelector:
     """Owns the selection that anchors fill and sparse layers read."""
 
+    keeper: SelectionKeeper | None = None  # methods may choose to keep selections
+
     def __init__(self, config: BudgetConfig, geometry: Geometry, device: torch.device) -> None:
         self._config = config
         self._block_size = block_size = geometry.block_size
@@ -95,6 +98,7 @@ class BudgetSelector:
         self._recent_blocks = -(-config.recent_tokens // block_size)
         self._max_blocks = -(-geometry.max_model_len // block_size)
         shape = (geometry.max_num_reqs, geometry.num_kv_heads, self._max_blocks)
+        self._shape = shape
         self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
         self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self._mass = torch.zeros(shape, dtype=torch.float32, device=device)

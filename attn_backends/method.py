@@ -12,6 +12,7 @@ from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import MethodConfig
 from attn_backends.plan import AnchorState, LayerSchedule
 from attn_backends.recall import RecallWatch
+from attn_backends.reselection import SelectionKeeper
 from kvcache.retention import KeepAll, RetentionPolicy
 
 # What ``Selector.row_reasons`` says of rows that leave something out of what they read: their
@@ -39,6 +40,11 @@ class Selector(Protocol):
     @property
     def watch(self) -> RecallWatch | None:
         """What anchors find out about their selections; None for methods without anchors."""
+        ...
+
+    @property
+    def keeper(self) -> SelectionKeeper | None:
+        """What rows selected in earlier steps; None where every step selects anew."""
         ...
 
     def select(self, batch: PagedBatch) -> BlockSelection:

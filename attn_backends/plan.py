@@ -105,11 +105,28 @@ class AnchorState:
 
 
 @dataclass(frozen=True)
-class CheckedRows:
-    """Decode rows that are checked in this step (recall.py)."""
+class RowSubset:
+    """Some of the decode rows."""
 
-    rows: torch.Tensor  # [num_checked] int64
+    rows: torch.Tensor  # [n] int64
     batch: PagedBatch  # these rows alone
+
+    @classmethod
+    def of(cls, decode: PagedBatch, rows: list[int]) -> RowSubset | None:
+        """Rows of ``decode`` by index; None for none of them."""
+        if not rows:
+            return None
+        indices = torch.tensor(rows, device=decode.seq_lens.device)
+        return cls(indices, decode.decode_rows(indices))
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """A step in which rows may read what they selected in an earlier one (reselection.py)."""
+
+    due: RowSubset | None  # rows that select anew
+    slots: torch.Tensor  # [num_reqs] int64, of each decode row in the stores
+    stores: dict[str, BlockSelection]  # by the anchor's layer name; a row per slot
 
 
 @dataclass(frozen=True)
@@ -133,4 +150,5 @@ class DecodePlan:
     head_maps: dict[str, torch.Tensor]  # of REUSE layers that need one: [num_kv_heads] int64
     inheriting: frozenset[str]  # anchors with another one before them
     selecting_rows: list[int]  # decode rows that leave something out
-    checked: CheckedRows | None  # rows whose REUSE layers measure their recall
+    checked: RowSubset | None  # rows whose REUSE layers measure their recall
+    kept: KeptRows | None  # None: every row selects anew

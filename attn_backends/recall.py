@@ -26,7 +26,7 @@ Checks change no output, and depend on the request alone and not on its neighbou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -137,6 +137,7 @@ class RecallWatch:
         self._step = -1
         self._sparse: dict[int, str] = {}  # this step's sparse rows and their request ids
         self._checked: list[int] | None = None  # those that are checked; None: not yet chosen
+        self._selecting: Collection[int] | None = None  # this step's; None: all rows
 
     def begin_step(self, step: int, row_ids: Sequence[str | None]) -> bool:
         """Takes in the step before; called again in the same step (by another KV group) it
@@ -158,8 +159,18 @@ class RecallWatch:
         self.recall[: len(row_ids)].fill_(1.0)
         return True
 
-    def expect(self, row_ids: Sequence[str | None], sparse_rows: Iterable[int]) -> list[int]:
+    def expect(
+        self,
+        row_ids: Sequence[str | None],
+        sparse_rows: Iterable[int],
+        selecting_rows: Collection[int] | None = None,
+    ) -> list[int]:
         """Which rows of this step are sparse: only their recall counts.
+
+        Args:
+            row_ids: request ids of the decode rows.
+            sparse_rows: those that leave something out.
+            selecting_rows: those that select in this step, and see what it covers; None: all.
 
         Returns:
             Those that reuse layers must check; the same for every call in a step.
@@ -167,6 +178,7 @@ class RecallWatch:
         if self._checked is None:
             ids = ((row, row_ids[row]) for row in sparse_rows if row < len(row_ids))
             self._sparse = {row: name for row, name in ids if name is not None}
+            self._selecting = selecting_rows
             self._checked = [row for row, name in self._sparse.items() if self._is_due(name)]
         return self._checked
 
@@ -182,8 +194,9 @@ class RecallWatch:
     def _take_in(self, recalls: list[list[float]]) -> None:
         for (row, request_id), values in zip(self._sparse.items(), recalls, strict=True):
             is_checked = row in (self._checked or ())
+            has_selected = self._selecting is None or row in self._selecting
             for kind, value in zip(KINDS, values, strict=True):
-                if kind != KINDS[SERVED] or is_checked:
+                if is_checked if kind == KINDS[SERVED] else has_selected:
                     self._count(kind, value)
             if is_checked:
                 self._guard(self._requests[request_id], values[SERVED])

@@ -93,7 +93,7 @@ def _dense(metadata: ExtMetadata, row: int) -> ExtMetadata:
     budgets = anchor.budget_blocks.clone()
     budgets[row] = anchor.block_mass.shape[2]
     wide = replace(anchor, budget_blocks=budgets)
-    return replace(metadata, plan=replace(metadata.plan, anchor=wide, checked=None))
+    return replace(metadata, plan=replace(metadata.plan, anchor=wide, checked=None, kept=None))
 
 
 def _divergence(dense: torch.Tensor, served: torch.Tensor) -> tuple[list[float], list[bool]]:
@@ -103,6 +103,13 @@ def _divergence(dense: torch.Tensor, served: torch.Tensor) -> tuple[list[float],
     expected, got = dense.float().log_softmax(-1), served.float().log_softmax(-1)
     divergence = (expected.exp() * (expected - got)).sum(-1)
     return divergence.tolist(), (expected.argmax(-1) == got.argmax(-1)).tolist()
+
+
+def _selects(plan: DecodePlan, row: int) -> bool:
+    """Whether the row selects anew in this step."""
+    if plan.kept is None:
+        return True
+    return plan.kept.due is not None and bool((plan.kept.due.rows == row).any())
 
 
 def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str, row: int) -> int:
@@ -123,6 +130,6 @@ def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str, row: int) -> i
     num_blocks = len(counts) * -(-int(plan.decode.seq_lens[row]) // block_size)  # of all heads
     chosen = int(counts.sum())
     half_blocks = 2 * (num_blocks - chosen)  # a block's keys, or its values
-    if role is LayerRole.SELF:
+    if role is LayerRole.SELF and _selects(plan, row):
         half_blocks = num_blocks - 2 * chosen
     return int(half_blocks * block_size * double_head // 2 * layer.kv_cache.element_size())

@@ -124,8 +124,15 @@ def check_method(config: MethodConfig, block_size: int) -> None:
     """Checks settings that depend on the KV block size.
 
     Raises:
-        ConfigError: the window does not hold one block.
+        ConfigError: the window does not hold one block, or a kept selection would outlive one.
     """
+    reselect_steps = getattr(config, "reselect_steps", 1)
+    if block_size % reselect_steps:
+        fitting = [n for n in range(1, block_size + 1) if block_size % n == 0]
+        raise ConfigError(
+            f"vllm_ext.reselect_steps is {reselect_steps}, which does not divide a KV block of "
+            f"{block_size} tokens; use one of {', '.join(map(str, fitting))}"
+        )
     window_tokens = getattr(config, "window_tokens", None)
     if window_tokens is not None and window_tokens < block_size:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from attn_backends.adapter.metadata import ExtMetadata
 from attn_backends.adapter.ops import ORDER_OF_DEVICE, Ops, resolve_ops
-from attn_backends.batch import BlockSelection
+from attn_backends.batch import BlockSelection, PagedBatch
 from attn_backends.config import ConfigError
 from attn_backends.ops.dispatch import OpContext, OpImpl
-from attn_backends.plan import SELECTING_ROLES, DecodePlan, LayerRole
+from attn_backends.plan import SELECTING_ROLES, AnchorState, DecodePlan, LayerRole
 from attn_backends.recall import SERVED, inherited_recall, own_recall, served_recall
 from kvcache.layout import PagedKVLayout, kv_views
 
@@ -147,25 +148,13 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             ops.anchor_decode.run(query, *views, decode, self.scale, out, None)
             return
         assert selection is not None
-        if role in SELECTING_ROLES:
+        if role in SELECTING_ROLES and plan.kept is not None:
+            self._reselect(layer_name, plan, ops, query, views)
+        elif role in SELECTING_ROLES:
             assert plan.anchor is not None
-            anchor = plan.anchor
             attended = out if role is LayerRole.ANCHOR else None
-            ops.anchor_decode.run(query, *views, decode, self.scale, attended, anchor.block_mass)
-            own, inherited, _ = anchor.recall.unbind(1)
-            if layer_name in plan.inheriting:
-                before = inherited_recall(anchor.block_mass, selection)
-                torch.minimum(inherited, before, out=inherited)
-            ops.block_topk.run(
-                anchor.block_mass,
-                decode.seq_lens,
-                views[0].shape[2],
-                anchor.budget_blocks,
-                anchor.sink_blocks,
-                anchor.recent_blocks,
-                selection,
-            )
-            torch.minimum(own, own_recall(anchor.block_mass, selection), out=own)
+            inherits = layer_name in plan.inheriting
+            self._select(inherits, ops, query, views, decode, plan.anchor, selection, attended)
         if role is LayerRole.ANCHOR:
             return
         head_map = plan.head_maps.get(layer_name)
@@ -176,6 +165,66 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         if role is LayerRole.REUSE and plan.checked is not None:
             self._check(plan, ops, query, views, selection)
         ops.sparse_decode.run(query, *views, decode, selection, plan.decode_rule, self.scale, out)
+
+    def _select(
+        self,
+        inherits: bool,
+        ops: Ops,
+        query: torch.Tensor,
+        views: tuple[torch.Tensor, torch.Tensor],
+        decode: PagedBatch,
+        anchor: AnchorState,
+        selection: BlockSelection,
+        attended: torch.Tensor | None,
+    ) -> None:
+        """Overwrites ``selection`` (the anchor's before, if it ``inherits``) with this layer's."""
+        ops.anchor_decode.run(query, *views, decode, self.scale, attended, anchor.block_mass)
+        own, inherited, _ = anchor.recall.unbind(1)
+        if inherits:
+            before = inherited_recall(anchor.block_mass, selection)
+            torch.minimum(inherited, before, out=inherited)
+        ops.block_topk.run(
+            anchor.block_mass,
+            decode.seq_lens,
+            views[0].shape[2],
+            anchor.budget_blocks,
+            anchor.sink_blocks,
+            anchor.recent_blocks,
+            selection,
+        )
+        torch.minimum(own, own_recall(anchor.block_mass, selection), out=own)
+
+    def _reselect(
+        self,
+        layer_name: str,
+        plan: DecodePlan,
+        ops: Ops,
+        query: torch.Tensor,
+        views: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Rows that are due select and keep what they selected; then all read what is kept."""
+        anchor, selection, kept = plan.anchor, plan.selection, plan.kept
+        assert anchor is not None
+        assert selection is not None
+        assert kept is not None
+        store = kept.stores[layer_name]
+        if kept.due is not None:
+            rows = kept.due.rows
+            due = replace(
+                anchor,
+                block_mass=anchor.block_mass[: len(rows)],
+                budget_blocks=anchor.budget_blocks[rows],
+                recall=anchor.recall[rows],
+            )
+            chosen = BlockSelection(selection.logical_blocks[rows], selection.counts[rows])
+            inherits = layer_name in plan.inheriting
+            self._select(inherits, ops, query[rows], views, kept.due.batch, due, chosen, None)
+            anchor.recall[rows] = due.recall
+            slots = kept.slots[rows]
+            store.logical_blocks[slots] = chosen.logical_blocks
+            store.counts[slots] = chosen.counts
+        torch.index_select(store.logical_blocks, 0, kept.slots, out=selection.logical_blocks)
+        torch.index_select(store.counts, 0, kept.slots, out=selection.counts)
 
     def _check(
         self,

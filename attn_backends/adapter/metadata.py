@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,7 +30,7 @@ from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
 from attn_backends.method import SELECTING, SparseMethod
 from attn_backends.ops.dispatch import OpContext
-from attn_backends.plan import SELECTING_ROLES, CheckedRows, DecodePlan, LayerRole
+from attn_backends.plan import SELECTING_ROLES, DecodePlan, KeptRows, LayerRole, RowSubset
 from kvcache.layout import PagedKVLayout
 
 if TYPE_CHECKING:
@@ -106,6 +107,10 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             if LayerRole.REUSE in schedule.roles
             else method.make_selector(config, geometry, device)
         )
+        if self._selector.keeper is not None:
+            for name, role in self._roles.items():
+                if role in SELECTING_ROLES:
+                    self._selector.keeper.add_layer(name)
         windows = {
             name: schedule.windows[i] for name, i in indices.items() if i in schedule.windows
         }
@@ -163,6 +168,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             inheriting=self._inheriting,
             selecting_rows=[],
             checked=None,
+            kept=None,
         )
         if num_decodes:
             decode = batch.rows(0, num_decodes, 0, num_decode_tokens)
@@ -183,39 +189,69 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         selecting_rows = [row for row, reason in enumerate(reasons) if reason in SELECTING]
         if self._counters is not None:
             self._counters.add(Counter(reasons))
+        decodes_densely = all(path == "dense" for path, _ in reasons)
+        due = slots = None
+        if seq_lens_cpu is not None and not decodes_densely:
+            due, slots = self._due(seq_lens_cpu[:num_rows].tolist(), reasons, options)
         return replace(
             plan,
             decode=decode,
             selection=selection,
             anchor=self._selector.anchor_state(decode, options),
             decode_rule=self._selector.span_rule(num_rows),
-            decodes_densely=all(path == "dense" for path, _ in reasons),
+            decodes_densely=decodes_densely,
             selecting_rows=selecting_rows,
-            checked=self._checked(decode, selecting_rows),
+            checked=self._checked(decode, selecting_rows, due),
+            kept=self._kept(decode, due, slots),
         )
 
     def _options(self, num_decodes: int) -> dict[int, RowOptions]:
         """What the rows' requests asked for, as far as the recall guard lets them."""
         options = BOOK.of_rows(num_decodes)
-        watch = self._selector.watch
+        watch, keeper = self._selector.watch, self._selector.keeper
         if watch is None:
             return options
         row_ids = BOOK.ids_of_rows(num_decodes)
         if watch.begin_step(BOOK.step, row_ids):
-            watch.forget(BOOK.take_finished())
+            finished_ids = BOOK.take_finished()
+            watch.forget(finished_ids)
+            if keeper is not None:
+                keeper.forget(finished_ids)
             if self._counters is not None:
                 self._counters.show_recall(watch)
         return watch.guarded(row_ids, options)
 
-    def _checked(self, decode: PagedBatch, selecting_rows: list[int]) -> CheckedRows | None:
+    def _due(
+        self,
+        seq_lens: list[int],
+        reasons: list[tuple[str, str]],
+        options: Mapping[int, RowOptions],
+    ) -> tuple[list[int], list[int]] | tuple[None, None]:
+        """Rows that select anew and the slots of all rows; None where all of them select."""
+        keeper = self._selector.keeper
+        row_ids = [name for name in BOOK.ids_of_rows(len(seq_lens)) if name is not None]
+        if keeper is None or len(row_ids) != len(seq_lens):  # a dummy batch has no ids
+            return None, None
+        keys = [(reason, options.get(row)) for row, reason in enumerate(reasons)]
+        return keeper.begin_step(BOOK.step, row_ids, seq_lens, keys)
+
+    def _kept(
+        self, decode: PagedBatch, due: list[int] | None, slots: list[int] | None
+    ) -> KeptRows | None:
+        keeper = self._selector.keeper
+        if keeper is None or due is None or slots is None:
+            return None
+        indices = torch.tensor(slots, device=decode.seq_lens.device)
+        return KeptRows(RowSubset.of(decode, due), indices, keeper.stores)
+
+    def _checked(
+        self, decode: PagedBatch, selecting_rows: list[int], due: list[int] | None
+    ) -> RowSubset | None:
         watch = self._selector.watch
         if watch is None:
             return None
-        due = watch.expect(BOOK.ids_of_rows(decode.num_reqs), selecting_rows)
-        if not due:
-            return None
-        rows = torch.tensor(due, device=decode.seq_lens.device)
-        return CheckedRows(rows, decode.decode_rows(rows))
+        row_ids = BOOK.ids_of_rows(decode.num_reqs)
+        return RowSubset.of(decode, watch.expect(row_ids, selecting_rows, due))
 
 
 def op_context(

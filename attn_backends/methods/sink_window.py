@@ -21,6 +21,7 @@ from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
 from attn_backends.profile import load_profile, require_fit
 from attn_backends.recall import RecallWatch
+from attn_backends.reselection import SelectionKeeper
 from kvcache.retention import KeepAll, RetentionPolicy, SinkWindowRetention
 
 RETENTION_CHOICES = ("evict", "keep_all")
@@ -71,6 +72,7 @@ class SinkWindowSelector:
     """
 
     watch: RecallWatch | None = None  # no anchors
+    keeper: SelectionKeeper | None = None
 
     def __init__(self, config: SinkWindowConfig, geometry: Geometry, device: torch.device) -> None:
         if config.window_tokens < geometry.block_size:

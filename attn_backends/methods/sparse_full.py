@@ -16,12 +16,14 @@ from attn_backends.config import MethodConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
 from attn_backends.recall import RecallWatch
+from attn_backends.reselection import SelectionKeeper
 
 
 class FullSelector:
     """Selects all blocks of every row."""
 
     watch: RecallWatch | None = None  # no anchors
+    keeper: SelectionKeeper | None = None
 
     def __init__(self, config: MethodConfig, geometry: Geometry, device: torch.device) -> None:
         self._geometry = geometry

@@ -1,16 +1,17 @@
 """TIDAL_DECODE: a few anchor layers choose the blocks that all other layers read.
 
 Papers: TidalDecode, arXiv 2410.05076 (position-persistent sparse decode); Kascade, arXiv
-2512.16391 (per-KV-head selection, calibrated anchors, head maps). We follow Kascade where
-they differ: the blocks of a KV head are chosen by the softmax mass summed over its query
-heads, and not by raw logits per query head. We differ from both: selection is by KV block,
-sink and recent blocks are forced (TidalDecode's code can drop even the current token), and only
-decode rows are sparse, so that chunked prefill and multi-turn prompts stay exact. Anchors attend
-everything in both papers; ours score all keys and attend only what they select, which reads
-half as much and costs little fidelity (docs/adr/0009; ``anchor_attention``).
+2512.16391 (per-KV-head selection, calibrated anchors, head maps). We follow Kascade where they
+differ: the blocks of a KV head are chosen by the softmax mass summed over its query heads, and
+not by raw logits per query head. We differ from both: selection is by KV block, sink and recent
+blocks are forced (TidalDecode's code can drop even the current token), and only decode rows are
+sparse, so that chunked prefill and multi-turn prompts stay exact. Anchors attend everything in
+both papers; ours score all keys and attend only what they select, which reads half as much and
+costs little fidelity (docs/adr/0009; ``anchor_attention``).
 
-Selection is made again in every step. A policy (docs/policy.md) may give layers other roles,
-a window of their own among them, and rows a budget by their length.
+Selection is made again in every step, or every ``reselect_steps`` (reselection.py). A policy
+(docs/policy.md) may give layers other roles, a window of their own among them, and rows a budget
+by their length.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from attn_backends.policy.composition import compose, retention_of
 from attn_backends.policy.model import NO_POLICY, Policy, PolicyError
 from attn_backends.policy.reading import parse_policy
 from attn_backends.profile import Profile, load_profile, require_fit, shipped_profile
+from attn_backends.reselection import SelectionKeeper
 from kvcache.retention import RetentionPolicy
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -50,11 +52,13 @@ class TidalConfig(BudgetConfig):
         profile: path of a profile, or ``auto`` for the one shipped for this model.
         anchor_attention: ``selected`` or ``full``; anchor layers score all keys in either case,
             and attend only what they select, without reading other values, or everything.
+        reselect_steps: decode steps from one selection to the next; it must divide the KV block.
         policy: of layers, budgets and presets; read from a document (``compose``).
     """
 
     profile: str = "auto"
     anchor_attention: str = "selected"
+    reselect_steps: int = 1
     policy: Policy = NO_POLICY
 
     def __post_init__(self) -> None:
@@ -63,6 +67,13 @@ class TidalConfig(BudgetConfig):
             raise ConfigError(
                 f"vllm_ext.anchor_attention is {self.anchor_attention!r}; choose one of "
                 f"{', '.join(ANCHOR_ATTENTION)}"
+            )
+        if self.reselect_steps < 1:
+            raise ConfigError(f"vllm_ext.reselect_steps is {self.reselect_steps}; at least 1 works")
+        if self.reselect_steps > 1 and self.anchor_attention == "full":
+            raise ConfigError(
+                f"vllm_ext.reselect_steps is {self.reselect_steps}, but anchors that attend "
+                "everything read it in every step; set vllm_ext.anchor_attention to selected"
             )
         forced_tokens = max(1, self.sink_tokens + self.recent_tokens)
         self.policy.require_budgets(forced_tokens, self.min_context_tokens)
@@ -95,6 +106,8 @@ class TidalSelector(BudgetSelector):
         self._has_reuse = LayerRole.REUSE in _schedule(config, geometry).roles
         reaches = (window.reach_tokens for window in config.policy.windows)
         self._least_reach_tokens = min(reaches, default=None)
+        if config.reselect_steps > 1:
+            self.keeper = SelectionKeeper(config.reselect_steps, self._shape, device)
 
     def _fill_budgets(self, budgets: torch.Tensor, seq_lens: torch.Tensor) -> None:
         super()._fill_budgets(budgets, seq_lens)

@@ -28,6 +28,11 @@ METHODS: dict[str, dict[str, Any]] = {  # settings, by the backend's name and a 
         "min_context_tokens": 0,
         "anchor_attention": "full",
     },
+    "TIDAL_DECODE, kept selections": {
+        "budget_tokens": 3200,
+        "min_context_tokens": 0,
+        "reselect_steps": 8,
+    },
 }
 
 
@@ -89,7 +94,7 @@ def _masked_reference(
 
 # An engine costs most of a minute: those whose every part the others use are not in the default
 # suite.
-SLOW_METHODS = {"SPARSE_FULL", "TIDAL_DECODE, full anchors"}
+SLOW_METHODS = {"SPARSE_FULL", "TIDAL_DECODE, full anchors", "TIDAL_DECODE, kept selections"}
 
 
 @pytest.fixture(
@@ -210,8 +215,9 @@ def test_preemption_does_not_change_answers(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("reselect_steps", [1, 4])
 def test_requests_with_budgets_of_their_own(
-    model_path: str, prompts: list[list[int]], stock: list[dict[str, Any]]
+    model_path: str, prompts: list[list[int]], stock: list[dict[str, Any]], reselect_steps: int
 ) -> None:
     """Rows of one batch keep their own budgets; dense ones are stock vLLM's."""
     chosen = [-2, -1, -3, -1]  # prompts of 2,100, 3,000, 1,300 and again 3,000 tokens
@@ -223,7 +229,9 @@ def test_requests_with_budgets_of_their_own(
         "max_tokens": NEW_TOKENS,
     }
     engine = _engine(model_path, "TIDAL_DECODE")
-    engine["additional_config"] = {"vllm_ext": {"budget_tokens": 512}}
+    engine["additional_config"] = {
+        "vllm_ext": {"budget_tokens": 512, "reselect_steps": reselect_steps}
+    }
     answer = run_engine(engine, [alone, alone | {"together": True}])
     first, second = (_tokens(job) for job in answer["jobs"])
     assert first == second

@@ -125,3 +125,14 @@ def test_rows_that_are_not_sparse_or_not_known_do_not_count() -> None:
     assert sum(watch.histograms["own"]) == 1
     assert watch.guarded(["dense", "sparse"], {}) == {}
     assert watch.expect([], [0, 1]) == []  # a worker that does not tell ids (GPU)
+
+
+def test_rows_that_read_a_kept_selection_do_not_count_as_covered() -> None:
+    watch = _watch(0.8, interval_steps=64)
+    watch.begin_step(1, ["kept", "selects"])
+    assert watch.expect(["kept", "selects"], [0, 1], selecting_rows=[1]) == [0, 1]
+    watch.recall[1] = 0.9
+    watch.begin_step(2, [])
+    assert watch.sums == {"own": pytest.approx(0.9), "inherited": pytest.approx(0.9)} | {
+        "served": pytest.approx(1.9)  # a check is of what is read, kept or not
+    }

@@ -68,7 +68,7 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
 
 
 def _check_watching(config: MethodConfig, device_type: str, num_workers: int) -> None:
-    """Refuses guard and audit where they would not do what they say.
+    """Refuses guard, audit and kept selections where they would not do what they say.
 
     Each worker of a tensor-parallel group sees its own heads: guards would decide differently,
     and every worker would count the audit's rows.
@@ -83,6 +83,12 @@ def _check_watching(config: MethodConfig, device_type: str, num_workers: int) ->
                 f"vllm_ext.{field} is {value}, but it works on CPUs with one worker per replica "
                 f"only (here: {num_workers} on {device_type}); set it to 0"
             )
+    reselect_steps = getattr(config, "reselect_steps", 1)
+    if reselect_steps > 1 and device_type != "cpu":
+        raise ConfigError(
+            f"vllm_ext.reselect_steps is {reselect_steps}, but on GPUs the worker does not tell "
+            "which request a row is; set it to 1"
+        )
 
 
 def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> None:
