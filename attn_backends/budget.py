@@ -86,11 +86,20 @@ class BudgetConfig(MethodConfig):
 
 
 class BudgetSelector:
-    """Owns the selection that anchors fill and sparse layers read."""
+    """Owns the selection that anchors fill and sparse layers read.
+
+    Args:
+        config: the budgets.
+        geometry: of the layers.
+        device: of the buffers.
+        parts: selections per KV head; its query heads are dealt out among them.
+    """
 
     keeper: SelectionKeeper | None = None  # methods may choose to keep selections
 
-    def __init__(self, config: BudgetConfig, geometry: Geometry, device: torch.device) -> None:
+    def __init__(
+        self, config: BudgetConfig, geometry: Geometry, device: torch.device, parts: int = 1
+    ) -> None:
         self._config = config
         self._block_size = block_size = geometry.block_size
         self._budget_blocks = -(-config.budget_tokens // block_size)
@@ -99,8 +108,9 @@ class BudgetSelector:
         self._max_blocks = -(-geometry.max_model_len // block_size)
         shape = (geometry.max_num_reqs, geometry.num_kv_heads, self._max_blocks)
         self._shape = shape
-        self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        chosen = (shape[0], parts * shape[1], shape[2])
+        self._blocks = torch.full(chosen, -1, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(chosen[:2], dtype=torch.int32, device=device)
         self._mass = torch.zeros(shape, dtype=torch.float32, device=device)
         self._budgets = torch.zeros(shape[0], dtype=torch.int32, device=device)
         self.watch = RecallWatch(

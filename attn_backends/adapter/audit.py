@@ -51,7 +51,7 @@ class AuditingRunner:
         model: Any = self.model  # type: ignore[attr-defined]
         self.audit_figures.add(
             *_divergence(model.compute_logits(dense), model.compute_logits(hidden[row : row + 1])),
-            kv_bytes_saved=sum(_saved_bytes(served, name, row) for name in served),
+            kv_bytes_saved=max(0, sum(_saved_bytes(served, name, row) for name in served)),
         )
         return hidden
 
@@ -113,10 +113,12 @@ def _selects(plan: DecodePlan, row: int) -> bool:
 
 
 def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str, row: int) -> int:
-    """Bytes of a row's keys and values that a layer did not read.
+    """Bytes of a row's keys and values that a layer did not read; negative where it read some
+    of them more than once, and more than dense in all.
 
     The counts are the last anchor's: budgets are the same for all anchors of a step. A layer
-    that chooses for itself reads all keys and, of what it chose, keys and values again.
+    that chooses for itself reads all keys, once per selection of a KV head, and, of what it
+    chose, keys and values again.
     """
     plan: DecodePlan = served[layer_name].plan
     role = plan.roles[layer_name]
@@ -125,11 +127,11 @@ def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str, row: int) -> i
     assert plan.decode is not None
     assert plan.selection is not None
     layer = get_forward_context().no_compile_layers[layer_name]
-    block_size, double_head = layer.kv_cache.shape[2:]
+    num_kv_heads, block_size, double_head = layer.kv_cache.shape[1:]
     counts = plan.selection.counts[row]
-    num_blocks = len(counts) * -(-int(plan.decode.seq_lens[row]) // block_size)  # of all heads
+    num_blocks = num_kv_heads * -(-int(plan.decode.seq_lens[row]) // block_size)  # of all heads
     chosen = int(counts.sum())
     half_blocks = 2 * (num_blocks - chosen)  # a block's keys, or its values
     if role is LayerRole.SELF and _selects(plan, row):
-        half_blocks = num_blocks - 2 * chosen
+        half_blocks -= num_blocks * len(counts) // num_kv_heads
     return int(half_blocks * block_size * double_head // 2 * layer.kv_cache.element_size())

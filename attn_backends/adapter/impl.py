@@ -148,6 +148,31 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             ops.anchor_decode.run(query, *views, decode, self.scale, out, None)
             return
         assert selection is not None
+        num_kv_heads = views[0].shape[1]
+        parts = selection.counts.shape[1] // num_kv_heads
+        if parts == 1:
+            self._decode_selected(layer_name, plan, ops, query, views, selection, out)
+            return
+        for index in range(parts):  # the index-th query head of every KV head
+            part_query = query[:, index::parts].contiguous()
+            part_out = torch.empty_like(part_query)
+            part = selection.part(index, num_kv_heads)
+            self._decode_selected(layer_name, plan, ops, part_query, views, part, part_out)
+            out[:, index::parts] = part_out
+
+    def _decode_selected(
+        self,
+        layer_name: str,
+        plan: DecodePlan,
+        ops: Ops,
+        query: torch.Tensor,
+        views: tuple[torch.Tensor, torch.Tensor],
+        selection: BlockSelection,
+        out: torch.Tensor,
+    ) -> None:
+        """A layer that makes or reads a selection, for query heads that share one per KV head."""
+        role, decode = plan.roles[layer_name], plan.decode
+        assert decode is not None
         if role in SELECTING_ROLES and plan.kept is not None:
             self._reselect(layer_name, plan, ops, query, views)
         elif role in SELECTING_ROLES:

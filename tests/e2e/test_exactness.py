@@ -33,6 +33,11 @@ METHODS: dict[str, dict[str, Any]] = {  # settings, by the backend's name and a 
         "min_context_tokens": 0,
         "reselect_steps": 8,
     },
+    "TIDAL_DECODE, per query head": {
+        "budget_tokens": 3200,
+        "min_context_tokens": 0,
+        "selection_per": "query_head",
+    },
 }
 
 
@@ -94,7 +99,7 @@ def _masked_reference(
 
 # An engine costs most of a minute: those whose every part the others use are not in the default
 # suite.
-SLOW_METHODS = {"SPARSE_FULL", "TIDAL_DECODE, full anchors", "TIDAL_DECODE, kept selections"}
+SLOW_METHODS = set(METHODS) - {"SINK_WINDOW", "TIDAL_DECODE"}
 
 
 @pytest.fixture(
