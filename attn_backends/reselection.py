@@ -2,17 +2,20 @@
 
 What anchors read to score all keys is most of what a sparse step still reads. With
 ``reselect_steps`` = n a row selects anew at positions that n divides and reads its kept selection
-in between (TidalDecode and Kascade select in every step). Which positions those are depends on
-the request alone and not on its neighbours, and n divides the KV block, so that a new block
-begins with a new selection: the block of the current token, and all recent ones, are always read.
-A row whose options or length class change selects at once.
+in between (TidalDecode and Kascade select in every step). Its neighbours in the batch change
+nothing about that, and n divides the KV block, so that a new block begins with a new selection:
+the block of the current token, and all recent ones, are always read. A row whose options, reason
+or budget change selects at once.
 
 Logical blocks stay what they are when a request is preempted, and so does its kept selection.
+But what a step computes as prefill is not selected in, and a single token left to prefill is a
+decode row: with n > 1 a prefix hit or a preemption may move one selection by up to n steps, and
+a preempted request whose slot another took selects when it is back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 
@@ -24,15 +27,20 @@ class SelectionKeeper:
 
     Args:
         reselect_steps: positions from one selection to the next, at least 2.
+        budget_of: tokens that the server gives a row of a length.
         shape: of a selection buffer, ``[max_num_reqs, num_kv_heads, max_blocks]``.
         device: of the buffers.
     """
 
     def __init__(
-        self, reselect_steps: int, shape: tuple[int, int, int], device: torch.device
+        self,
+        reselect_steps: int,
+        budget_of: Callable[[int], int],
+        shape: tuple[int, int, int],
+        device: torch.device,
     ) -> None:
         self.stores: dict[str, BlockSelection] = {}
-        self._reselect_steps = reselect_steps
+        self._reselect_steps, self._budget_of = reselect_steps, budget_of
         self._shape, self._device = shape, device
         self._slots: dict[str, int] = {}
         self._free = list(range(shape[0]))
@@ -55,7 +63,8 @@ class SelectionKeeper:
             step: any number that differs from step to step.
             row_ids: request ids of the decode rows.
             seq_lens: their tokens, the current one included.
-            keys: what a row's budget depends on; another key than before selects anew.
+            keys: what a row's budget depends on besides its length; another key than before
+                selects anew.
 
         Returns:
             The rows that select anew, and each row's slot.
@@ -63,7 +72,11 @@ class SelectionKeeper:
         if step != self._step:
             self._step = step
             rows = zip(row_ids, seq_lens, keys, strict=True)
-            self._due = [row for row, each in enumerate(rows) if self._is_due(*each)]
+            self._due = [
+                row
+                for row, (name, seq_len, key) in enumerate(rows)
+                if self._is_due(name, seq_len, (key, self._budget_of(seq_len)))
+            ]
         return self._due, [self._slot(name, row_ids) for name in row_ids]
 
     def _is_due(self, name: str, seq_len: int, key: Hashable) -> bool:

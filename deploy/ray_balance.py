@@ -28,15 +28,22 @@ class Assignments:
         self._replicas[request_id] = replica_id
         self._undelivered[request_id] = request
 
-    def deliver(self, request: Any) -> None:
-        """A replica took it: it counts until `complete`, whatever becomes of its object."""
+    def deliver(self, request: Any, replica_id: Any) -> None:
+        """`replica_id` took it: it counts until `complete`, whatever becomes of its object."""
         request_id = request.metadata.internal_request_id
         if request_id in self._replicas:
+            self._replicas[request_id] = replica_id
             self._delivered.add(request_id)
 
-    def complete(self, request_id: str) -> None:
-        """It ended, in whatever way."""
-        self._replicas.pop(request_id, None)
+    def complete(self, request_id: str, replica_id: Any) -> None:
+        """`replica_id` is done with it, in whatever way; one that refused it may say so only
+        when it has been given to another, with which it still counts.
+        """
+        if self._replicas.get(request_id) == replica_id:
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        del self._replicas[request_id]
         self._delivered.discard(request_id)
 
     def loads(self) -> Counter[Any]:
@@ -44,7 +51,7 @@ class Assignments:
         for request_id in self._replicas.keys() - self._delivered:
             request = self._undelivered.get(request_id)
             if request is None or request.future.cancelled():
-                self.complete(request_id)
+                self._forget(request_id)
         return Counter(self._replicas.values())
 
 

@@ -52,14 +52,19 @@ class PrefixRouter(PrefixCacheAffinityRouter):
         except ValueError:  # neither prompt nor messages, as with prompt embeddings
             return None
 
-    async def _is_known(self, pending_request: Any, replicas: Sequence[Any]) -> bool:
-        """Whether some replica's prefix tree has enough of the prompt, as Ray judges it."""
+    async def _knowing(self, pending_request: Any, replicas: Sequence[Any]) -> list[Any]:
+        """Replicas that know the prompt best, if any of them knows enough as Ray judges it.
+
+        Ray's own choice does not say: one busy replica, whichever, makes it a random one.
+        """
         text = self._extract_text_from_request(pending_request)
         if text is None:
-            return False
-        ids = [replica.replica_id.to_full_id_str() for replica in replicas]
-        matched, _ = await self._tree_actor.prefix_match.remote(text, ids)
-        return len(matched) / len(text) >= self._match_rate_threshold
+            return []
+        by_id = {replica.replica_id.to_full_id_str(): replica for replica in replicas}
+        matched, tenants = await self._tree_actor.prefix_match.remote(text, list(by_id))
+        if len(matched) / len(text) < self._match_rate_threshold:
+            return []
+        return [by_id[tenant] for tenant in tenants or () if tenant in by_id]
 
     def _load(self, replica: Any, ours: Counter[Any]) -> int:
         """Requests in flight; other ingress replicas' show in Ray's count only, and late."""
@@ -69,29 +74,32 @@ class PrefixRouter(PrefixCacheAffinityRouter):
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any = None
     ) -> list[list[Any]]:
-        """Ray's choice, corrected by what is in flight."""
+        """Ray's choice, corrected by who knows the prompt and by what is in flight; the others
+        after it, for when it does not answer.
+        """
         ranks = await super().choose_replicas(candidate_replicas, pending_request)
         preferred = [replica for rank in ranks for replica in rank]
         # A model that only some replicas have loaded (LoRA) stays where Ray put it.
         if pending_request is None or not preferred or self._is_multiplexed(pending_request):
             return ranks
-        is_known = await self._is_known(pending_request, candidate_replicas)
-        slack = self._imbalanced_threshold if is_known else 0
+        knowing = await self._knowing(pending_request, candidate_replicas)
+        slack = self._imbalanced_threshold if knowing else 0
         # No await from here on: of two choices at once the second sees the first.
         ours = self._assignments.loads()
         alive = [r for r in candidate_replicas if r.replica_id in self.curr_replicas]
-        replica = least_loaded(preferred, alive, lambda each: self._load(each, ours), slack)
-        self._assignments.choose(pending_request, replica.replica_id)
-        return [[replica]]
+        best = least_loaded(knowing or preferred, alive, lambda each: self._load(each, ours), slack)
+        self._assignments.choose(pending_request, best.replica_id)
+        others = [each for each in alive if each.replica_id != best.replica_id]
+        return [[best], others] if others else [[best]]
 
     @staticmethod
     def _is_multiplexed(pending_request: Any) -> bool:
         return bool(pending_request.metadata.multiplexed_model_id)
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
-        self._assignments.deliver(pending_request)
+        self._assignments.deliver(pending_request, replica_id)
         super().on_request_routed(pending_request, replica_id, result)
 
     def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
-        self._assignments.complete(internal_request_id)
+        self._assignments.complete(internal_request_id, replica_id)
         super().on_request_completed(replica_id, internal_request_id)

@@ -12,6 +12,7 @@ Steps with prefill rows are not audited: the share counts decode-only steps.
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ class AuditingRunner:
 
     audit_share: float
     audit_figures: AuditFigures
-    _audit_due = 0.0
+    _audit_draw: random.Random
     _audited_steps = 0
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +52,7 @@ class AuditingRunner:
         model: Any = self.model  # type: ignore[attr-defined]
         self.audit_figures.add(
             *_divergence(model.compute_logits(dense), model.compute_logits(hidden[row : row + 1])),
-            kv_bytes_saved=max(0, sum(_saved_bytes(served, name, row) for name in served)),
+            kv_bytes_saved=sum(_saved_bytes(served, name, row) for name in served),
         )
         return hidden
 
@@ -63,11 +64,8 @@ class AuditingRunner:
             return False
         if first.plan.prefill is not None or not first.plan.selecting_rows:
             return False
-        self._audit_due += self.audit_share
-        if self._audit_due < 1:
-            return False
-        self._audit_due -= 1
-        return True
+        # Drawn and not counted: what else happens every n-th step must not always be met.
+        return self._audit_draw.random() < self.audit_share
 
 
 def with_audit(runner: Any, share: float, method: str) -> None:
@@ -79,6 +77,7 @@ def with_audit(runner: Any, share: float, method: str) -> None:
     stock: Any = type(runner)
     runner.__class__ = type(f"Auditing{stock.__name__}", (AuditingRunner, stock), {})
     runner.audit_share = share
+    runner._audit_draw = random.Random(0)
     runner.audit_figures = AuditFigures(method)
 
 

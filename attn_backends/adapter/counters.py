@@ -93,7 +93,8 @@ class AuditFigures:
         self.rows = 0
         self.kl_sum = 0.0
         self.agreements = 0
-        self.kv_bytes_saved = 0
+        self.kv_bytes_saved = 0  # less than 0 while more was read twice than was left out
+        self._shown_bytes = 0
 
     def add(self, divergences: list[float], agrees: list[bool], kv_bytes_saved: int) -> None:
         """Counts audited rows.
@@ -107,12 +108,13 @@ class AuditFigures:
         self.kl_sum += sum(divergences)
         self.agreements += sum(agrees)
         self.kv_bytes_saved += kv_bytes_saved
+        self._shown_bytes = max(self._shown_bytes, self.kv_bytes_saved)  # a counter never falls
         if self._files is None:
             return
         for (name, text), total in (
             (AUDITED, self.rows),
             (AUDIT_KL, self.kl_sum),
             (AUDIT_AGREEMENTS, self.agreements),
-            (AUDIT_BYTES, self.kv_bytes_saved),
+            (AUDIT_BYTES, self._shown_bytes),
         ):
             self._files.set_counter(name, text, self._labels, total)

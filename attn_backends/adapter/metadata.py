@@ -210,6 +210,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         options = BOOK.of_rows(num_decodes)
         watch, keeper = self._selector.watch, self._selector.keeper
         if watch is None:
+            BOOK.take_finished()  # nobody keeps anything of theirs
             return options
         row_ids = BOOK.ids_of_rows(num_decodes)
         if watch.begin_step(BOOK.step, row_ids):

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,17 @@ class TidalSelector(BudgetSelector):
     def __init__(self, config: TidalConfig, geometry: Geometry, device: torch.device) -> None:
         group = geometry.num_query_heads // geometry.num_kv_heads
         parts = group if config.selection_per == "query_head" else 1
-        super().__init__(config, geometry, device, parts)
+        super().__init__(_checking_every_age(config), geometry, device, parts)
         self._policy = config.policy
-        self._has_reuse = LayerRole.REUSE in _schedule(config, geometry).roles
+        self._leaves_out = bool(
+            {LayerRole.REUSE, LayerRole.SELF} & {*_schedule(config, geometry).roles}
+        )
         reaches = (window.reach_tokens for window in config.policy.windows)
         self._least_reach_tokens = min(reaches, default=None)
         if config.reselect_steps > 1:
-            self.keeper = SelectionKeeper(config.reselect_steps, self._shape, device)
+            self.keeper = SelectionKeeper(
+                config.reselect_steps, self._server_budget_tokens, self._shape, device
+            )
 
     def _fill_budgets(self, budgets: torch.Tensor, seq_lens: torch.Tensor) -> None:
         super()._fill_budgets(budgets, seq_lens)
@@ -143,12 +148,20 @@ class TidalSelector(BudgetSelector):
 
     def _reason(self, seq_len: int, asked: RowOptions) -> tuple[str, str]:
         path, reason = super()._reason(seq_len, asked)
-        if path == "sparse" and not self._has_reuse:
+        if path == "sparse" and not self._leaves_out:
             path, reason = "dense", "no_reuse_layers"
         reads_all = path == "dense" or reason == "everything_kept"
         has_gap = self._least_reach_tokens is not None and seq_len > self._least_reach_tokens
         # Not dense while some layer reads its window only.
         return ("sparse", "window_layers") if reads_all and has_gap else (path, reason)
+
+
+def _checking_every_age(config: TidalConfig) -> TidalConfig:
+    """Guard checks and selections out of step: a check would else see one age of them only."""
+    interval_steps = config.guard_interval_steps
+    while math.gcd(interval_steps, config.reselect_steps) > 1:
+        interval_steps += 1
+    return replace(config, guard_interval_steps=interval_steps)
 
 
 def _resolve_profile(config: TidalConfig, geometry: Geometry) -> Profile | None:

@@ -11,12 +11,14 @@ pytest.importorskip("vllm")
 
 from attn_backends.adapter.checks import check_method
 from attn_backends.adapter.impl import ExtAttentionImpl
+from attn_backends.adapter.metadata import ExtMetadataBuilder
 from attn_backends.adapter.ops import ORDER_OF_DEVICE, resolve_ops
-from attn_backends.batch import BlockSelection, PagedBatch
+from attn_backends.adapter.requests import BOOK
+from attn_backends.batch import BlockSelection, PagedBatch, RowOptions
 from attn_backends.budget import BudgetConfig, BudgetSelector
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
-from attn_backends.methods.tidal_decode import TidalConfig
+from attn_backends.methods.tidal_decode import METHOD, TidalConfig
 from attn_backends.ops.dispatch import OpContext
 from attn_backends.plan import DecodePlan, KeptRows, LayerRole, RowSubset
 from kvcache.layout import PagedKVLayout, kv_views
@@ -135,6 +137,36 @@ def test_rows_that_moved_find_their_selection() -> None:
     _, chosen = layer.step(0, [340, 200, 300], [0, 1, 2], [2, 0, 1])
     _, moved = layer.step(1, [200, 300, 340], [], [0, 1, 2])
     assert torch.equal(moved, chosen[[1, 2, 0]])
+
+
+def test_the_builder_tells_due_rows_by_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry(3, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, ROWS, BLOCKS * BLOCK)
+    config = TidalConfig(reselect_steps=8, min_context_tokens=0, recall_floor=0.5)
+    builder: Any = object.__new__(ExtMetadataBuilder)
+    builder._counters = None
+    builder._selector = METHOD.make_selector(config, geometry, CPU)
+    builder._selector.keeper.add_layer(LAYER)
+    ids = ["a", "b", "c"]
+    monkeypatch.setattr(BOOK, "row_ids", lambda: ids)
+
+    def step(seq_lens: list[int], options: dict[int, RowOptions]) -> tuple[list[int], list[str]]:
+        """Rows that select anew, and whose kept selection each row reads."""
+        monkeypatch.setattr(BOOK, "step", BOOK.step + 1)
+        builder._options(len(ids))
+        reasons = builder._selector.row_reasons(torch.tensor(seq_lens), options)
+        due, slots = builder._due(seq_lens, reasons, options)
+        kept = builder._kept(_batch(seq_lens), due, slots)
+        assert kept.stores is builder._selector.keeper.stores
+        assert (kept.due.rows.tolist() if kept.due else []) == due
+        return due, [by_slot.setdefault(slot, ids[row]) for row, slot in enumerate(slots)]
+
+    by_slot: dict[int, str] = {}
+    assert step([340, 200, 300], {}) == ([0, 1, 2], ids)
+    assert step([341, 201, 301], {}) == ([1], ids)
+    ids.reverse()
+    assert step([302, 202, 342], {1: RowOptions(budget_tokens=256)}) == ([1], ids)
+    # Guard checks see selections of every age.
+    assert builder._selector.watch._interval_steps == 65
 
 
 def test_intervals_that_cannot_be_honoured_are_refused() -> None:

@@ -10,7 +10,10 @@ CPU = torch.device("cpu")
 
 
 def _keeper(reselect_steps: int = 4, max_num_reqs: int = 4) -> SelectionKeeper:
-    return SelectionKeeper(reselect_steps, (max_num_reqs, 2, 8), CPU)
+    def budget_of(seq_len: int) -> int:
+        return 512 if seq_len <= 110 else 1024
+
+    return SelectionKeeper(reselect_steps, budget_of, (max_num_reqs, 2, 8), CPU)
 
 
 def _due_lengths(keeper: SelectionKeeper, lengths: range, first_step: int = 0) -> list[int]:
@@ -47,6 +50,8 @@ def test_another_budget_or_a_gap_selects_at_once() -> None:
     assert keeper.begin_step(1, ["a"], [100], ["wide"])[0] == [0]
     assert keeper.begin_step(2, ["a"], [101], ["wide"])[0] == []
     assert keeper.begin_step(3, ["a"], [102], ["narrow"])[0] == [0]
+    # A policy gives longer rows another budget.
+    assert _due_lengths(_keeper(32), range(105, 125)) == [105, 111]
     # Dense steps select nothing; what lies before the last block's begin is too old.
     assert keeper.begin_step(9, ["a"], [160], ["narrow"])[0] == [0]
     # Recomputed from an earlier token on: what was selected later does not count.

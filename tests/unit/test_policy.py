@@ -282,6 +282,8 @@ def test_rows_are_counted_by_what_they_read() -> None:
         ("sparse", "window_layers"): 3,
         ("sparse", "selected"): 1,
     }
+    # Anchors leave out what they do not select, without any other layer, too.
+    assert reasons([{"layers": "0-5", "role": "anchor"}]) == reasons([])
     # Where no layer reads a selection, no row is counted as if one did.
     assert reasons([{"layers": "0-5", "role": "dense"}]) == {
         ("dense", "short_context"): 3,

@@ -39,14 +39,15 @@ def test_requests_count_until_they_end() -> None:
     request: Any = _Request("1")
     assignments.choose(request, "a")
     assignments.choose(request, "b")  # refused by a, chosen anew
-    assignments.deliver(request)
+    assignments.deliver(request, "c")  # b did not answer
+    assignments.complete("1", "a")  # told late
     del request
     gc.collect()
-    assert assignments.loads() == {"b": 1}
-    assignments.complete("1")
-    assignments.complete("1")
+    assert assignments.loads() == {"c": 1}
+    assignments.complete("1", "c")
+    assignments.complete("1", "c")
     assert not assignments.loads()
-    assignments.deliver(_Request("1"))  # told late
+    assignments.deliver(_Request("1"), "c")  # told late
     assert not assignments.loads()
 
 
