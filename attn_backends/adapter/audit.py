@@ -12,6 +12,7 @@ Steps with prefill rows are not audited: the share counts decode-only steps.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,8 @@ class AuditingRunner:
     audit_share: float
     audit_figures: AuditFigures
     _audit_draw: random.Random
+    _audit_due = 0.0
+    _audit_at = 0.5
     _audited_steps = 0
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,8 +67,17 @@ class AuditingRunner:
             return False
         if first.plan.prefill is not None or not first.plan.selecting_rows:
             return False
-        # Drawn and not counted: what else happens every n-th step must not always be met.
-        return self._audit_draw.random() < self.audit_share
+        return self._is_drawn()
+
+    def _is_drawn(self) -> bool:
+        """One step, drawn, of as many as the share allows one in: what else happens in every
+        n-th step must not always be met.
+        """
+        self._audit_due += self.audit_share
+        if self._audit_due < self._audit_at:
+            return False
+        self._audit_at = math.floor(self._audit_at) + 1 + self._audit_draw.random()
+        return True
 
 
 def with_audit(runner: Any, share: float, method: str) -> None:
