@@ -153,6 +153,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         if parts == 1:
             self._decode_selected(layer_name, plan, ops, query, views, selection, out)
             return
+        assert query.shape[1] == parts * num_kv_heads, "layers differ in query heads"
         for index in range(parts):  # the index-th query head of every KV head
             part_query = query[:, index::parts].contiguous()
             part_out = torch.empty_like(part_query)

@@ -56,6 +56,7 @@ class TidalConfig(BudgetConfig):
         anchor_attention: ``selected`` or ``full``; anchor layers score all keys in either case,
             and attend only what they select, without reading other values, or everything.
         reselect_steps: decode steps from one selection to the next; it must divide the KV block.
+            Guard checks then come as many steps later as lets them meet selections of every age.
         selection_per: ``kv_head`` or ``query_head``; what chooses blocks for itself. Query heads
             as in TidalDecode's paper are slow: what a KV head holds is read once for each.
         policy: of layers, budgets and presets; read from a document (``compose``).
@@ -149,7 +150,7 @@ class TidalSelector(BudgetSelector):
     def _reason(self, seq_len: int, asked: RowOptions) -> tuple[str, str]:
         path, reason = super()._reason(seq_len, asked)
         if path == "sparse" and not self._leaves_out:
-            path, reason = "dense", "no_reuse_layers"
+            path, reason = "dense", "no_sparse_layers"
         reads_all = path == "dense" or reason == "everything_kept"
         has_gap = self._least_reach_tokens is not None and seq_len > self._least_reach_tokens
         # Not dense while some layer reads its window only.

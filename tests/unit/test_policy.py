@@ -287,7 +287,7 @@ def test_rows_are_counted_by_what_they_read() -> None:
     # Where no layer reads a selection, no row is counted as if one did.
     assert reasons([{"layers": "0-5", "role": "dense"}]) == {
         ("dense", "short_context"): 3,
-        ("dense", "no_reuse_layers"): 2,
+        ("dense", "no_sparse_layers"): 2,
     }
 
 
