@@ -116,6 +116,18 @@ def test_long_prompts_are_served_by_the_method(client: Any) -> None:
     assert sparse / (sparse + dense) > 0.99
 
 
+def test_a_replicas_engine_is_one_process_that_gives_way(application: SimpleNamespace) -> None:
+    """Each process imports vLLM, beside the load; who serves yields to who starts."""
+    from deploy.faults import replicas
+
+    running = replicas(f"127.0.0.2:{RAY_PORT}")
+    assert len(running) == 2
+    for replica in running:
+        family = {"".join(child.cmdline()): child for child in replica.children(recursive=True)}
+        assert [title for title in family if title.startswith("VLLM::")] == ["VLLM::EngineCore"]
+        assert family["VLLM::EngineCore"].nice() > replica.nice()
+
+
 def test_a_burst_after_a_pause_is_spread(client: Any) -> None:
     time.sleep(REPORT_S)  # Ray's queue lengths are forgotten by now, too
     before = _totals(REQUESTS, "ReplicaId")
