@@ -103,6 +103,8 @@ class BenchClient:
             OutOfTime: the limit was reached.
             ClientFailed: the benchmark raised or its process ended.
         """
+        if limit_s <= 0:
+            raise OutOfTime("no time was left (--max-minutes)")
         if self._process is None:
             self._process = self._start()
         process = self._process
@@ -117,7 +119,7 @@ class BenchClient:
                 is_late.set()
                 process.kill()
 
-            timer = threading.Timer(max(limit_s, 0.0), end)
+            timer = threading.Timer(limit_s, end)
             timer.start()
             try:
                 print(json.dumps(words), file=process.stdin, flush=True)

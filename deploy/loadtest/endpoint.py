@@ -164,17 +164,27 @@ def difference(before: Figures, after: Figures, peak_kv_use: float | None) -> di
 
 
 class Watch:
-    """Reads /metrics before, during and after a cell; a context manager."""
+    """Reads /metrics before, during and after a cell; a context manager.
 
-    def __init__(self, metrics_url: str) -> None:
+    Args:
+        metrics_url: the page.
+        before: a settled reading since which nothing was asked; None takes one.
+
+    Attributes:
+        after: the settled reading at the end, once ``result`` was called.
+    """
+
+    def __init__(self, metrics_url: str, before: Figures | None) -> None:
         self._url = metrics_url
+        self._before = before
+        self.after: Figures | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._peak: float | None = None
         self._failure: UserError | None = None
 
     def __enter__(self) -> Watch:
-        self._before = settled_figures(self._url)
+        self._before = self._before or settled_figures(self._url)
         self._thread.start()
         return self
 
@@ -199,5 +209,7 @@ class Watch:
         Raises:
             UserError: /metrics no longer answers.
         """
-        figures = difference(self._before, settled_figures(self._url), self._peak)
+        assert self._before is not None
+        self.after = settled_figures(self._url)
+        figures = difference(self._before, self.after, self._peak)
         return figures | {"metrics_failure": str(self._failure) if self._failure else None}

@@ -76,7 +76,7 @@ def make_grid(
 def small_grid() -> list[Cell]:
     """What a machine of two slow cores serves with three arms in ten minutes."""
     return [
-        *make_grid([DISTINCT], [512, 2048, 6000], [32], [1], 1),
+        *make_grid([DISTINCT], [512, 2048, 4096], [32], [1], 1),
         *make_grid([DISTINCT], [512], [32], [4], 1),
         *make_grid([SHARED_PREFIX], [512, 2048], [32], [4], 1),
         *make_grid([MIXED], [2048], [32], [1], 1),

@@ -13,7 +13,7 @@ from typing import Any
 
 from deploy.loadtest import grid
 from deploy.loadtest.client import BenchClient, ClientFailed, OutOfTime, Target, summarise
-from deploy.loadtest.endpoint import Watch, served_model
+from deploy.loadtest.endpoint import Figures, Watch, served_model
 from deploy.loadtest.server import StartedServer
 from deploy.loadtest.store import Store
 from vllm_ext.errors import UserError
@@ -142,8 +142,9 @@ def _run_arm(
             warm_up = client.run(target, grid.warm_up_trace(plan.seed), 1, limit_s)
             if warm_up["failed"]:
                 raise UserError(f"{arm.url} failed the warm-up request: {warm_up['errors'][0]}")
+            cells = _Cells(arm, plan, target, client)
             for cell in todo:
-                _run_cell(arm, cell, plan, target, client, store, progress)
+                _run_cell(cells, cell, store, progress)
         except (ClientFailed, OutOfTime) as error:
             what = str(error).strip().splitlines()[-1]  # of a traceback
             raise UserError(f"the warm-up failed: {what}\n{error}") from None
@@ -151,46 +152,60 @@ def _run_arm(
             client.close()
 
 
-def _run_cell(
-    arm: Arm,
-    cell: grid.Cell,
-    plan: Plan,
-    target: Target,
-    client: BenchClient,
-    store: Store,
-    progress: _Progress,
-) -> None:
-    record: dict[str, Any] = {"arm": arm.name, "cell": asdict(cell), "failure": None}
-    record["measured_on"] = datetime.now(UTC).date().isoformat()
-    try:
+class _Cells:
+    """Measures the cells of one arm.
+
+    A settled reading of Ray's metrics takes its time: the last one of a cell is the first one
+    of the next, unless something was asked in between.
+    """
+
+    def __init__(self, arm: Arm, plan: Plan, target: Target, client: BenchClient) -> None:
+        self.arm, self._plan, self._target, self._client = arm, plan, target, client
+        self._last: Figures | None = None
+
+    def measure(self, cell: grid.Cell) -> dict[str, Any]:
+        """The cell's figures, for its record.
+
+        Raises:
+            OutOfTime: the run's time is over.
+            ClientFailed: the load generator failed, or requests that fill the prefix cache did.
+            UserError: /metrics does not answer.
+        """
+        plan, before = self._plan, self._last
         if plan.left_s() <= 0:
             raise OutOfTime("no time was left (--max-minutes)")
-        record |= _measure(arm, cell, plan, target, client)
+        self._last = None
+        if priming := grid.priming_trace(cell, plan.seed):
+            before = None
+            primed = self._client.run(self._target, priming, 1, plan.left_s())
+            if primed["failed"]:
+                errors = primed["errors"]
+                raise ClientFailed(f"requests that fill the prefix cache failed: {errors}")
+        lines = grid.trace(cell, plan.seed)
+        with Watch(self.arm.metrics_url, before) as watch:
+            result = self._client.run(self._target, lines, cell.max_in_flight, plan.left_s())
+        wanted_tokens = [json.loads(line)["output_length"] for line in lines]
+        record = summarise(result, wanted_tokens) | {"server": watch.result()}
+        self._last = watch.after
+        return record
+
+
+def _run_cell(cells: _Cells, cell: grid.Cell, store: Store, progress: _Progress) -> None:
+    name = cells.arm.name
+    record: dict[str, Any] = {"arm": name, "cell": asdict(cell), "failure": None}
+    record["measured_on"] = datetime.now(UTC).date().isoformat()
+    try:
+        record |= cells.measure(cell)
     except OutOfTime as error:
-        store.add_not_run(arm.name, cell, str(error))
-        progress.note(f"{arm.name}, {cell}: not run: {error}")
+        store.add_not_run(name, cell, str(error))
+        progress.note(f"{name}, {cell}: not run: {error}")
         return
     except (ClientFailed, UserError) as error:
         record["failure"] = str(error)
-        progress.note(f"{arm.name}, {cell}: FAILED: {str(error).strip().splitlines()[-1]}")
+        progress.note(f"{name}, {cell}: FAILED: {str(error).strip().splitlines()[-1]}")
     else:
-        progress.note(f"{arm.name}, {cell}: {_line(record)}")
+        progress.note(f"{name}, {cell}: {_line(record)}")
     store.add(record)
-
-
-def _measure(
-    arm: Arm, cell: grid.Cell, plan: Plan, target: Target, client: BenchClient
-) -> dict[str, Any]:
-    priming = grid.priming_trace(cell, plan.seed)
-    if priming:
-        primed = client.run(target, priming, 1, plan.left_s())
-        if primed["failed"]:
-            raise ClientFailed(f"requests that fill the prefix cache failed: {primed['errors']}")
-    lines = grid.trace(cell, plan.seed)
-    with Watch(arm.metrics_url) as watch:
-        result = client.run(target, lines, cell.max_in_flight, plan.left_s())
-    wanted_tokens = [json.loads(line)["output_length"] for line in lines]
-    return summarise(result, wanted_tokens) | {"server": watch.result()}
 
 
 def _line(record: dict[str, Any]) -> str:

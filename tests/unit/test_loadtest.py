@@ -338,3 +338,13 @@ def test_a_note_is_kept_for_the_reader(tmp_path: Path) -> None:
     words = ["--url", "http://127.0.0.1:1", "--small", "--note", "of commit abc"]
     assert command.main([*words, "--output", str(tmp_path / "run")]) == 1  # no server there
     assert json.loads((tmp_path / "run.json").read_text())["notes"] == ["of commit abc"]
+
+
+def test_a_watch_that_is_given_a_reading_takes_only_the_last(monkeypatch: Any) -> None:
+    readings = iter([endpoint.Figures(rows={"sparse": 7.0})])
+    monkeypatch.setattr(endpoint, "settled_figures", lambda url: next(readings))
+    with endpoint.Watch("http://127.0.0.1:9", endpoint.Figures(rows={"sparse": 3.0})) as watch:
+        pass
+    assert watch.result()["decode_rows"] == {"sparse": 4.0}
+    assert watch.after is not None
+    assert watch.after.rows == {"sparse": 7.0}
