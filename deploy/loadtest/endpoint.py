@@ -131,7 +131,7 @@ def settled_figures(metrics_url: str) -> Figures:
         UserError: no answer.
     """
     text = fetch(metrics_url)
-    if "ray_vllm" in text:
+    if "\nray_" in text:  # Ray's own figures are there before a model's first ones
         time.sleep(RAY_LAG_S)
         text = fetch(metrics_url)
     return read_figures(text)
