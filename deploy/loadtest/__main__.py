@@ -243,6 +243,8 @@ def _run(args: argparse.Namespace) -> int:
     problems = report.error_lines(store.result)
     for line in problems:
         _echo(f"! {line}")
+    if store.result["not_run"]:
+        _echo("the same command again, without --fresh, keeps what is finished and runs the rest")
     return int(bool(problems))
 
 
