@@ -8,9 +8,9 @@ the block of the current token, and all recent ones, are always read. A row whos
 or budget change selects at once.
 
 Logical blocks stay what they are when a request is preempted, and so does its kept selection.
-But what a step computes as prefill is not selected in, and a single token left to prefill is a
-decode row: with n > 1 a prefix hit or a preemption may move one selection by up to n steps, and
-a preempted request whose slot another took selects when it is back.
+But what a step computes as prefill is not selected in: with n > 1 a preemption may move one
+selection by up to n steps, and a preempted request whose slot another took selects when it is
+back.
 """
 
 from __future__ import annotations

@@ -132,10 +132,11 @@ def running(name: str, argv: list[str], log: Path) -> Iterator[Any]:
             child.wait()
 
 
-def head_command(first_port: int, num_cpus: int) -> list[str]:
+def head_command(first_port: int, num_cpus: int, num_gpus: int) -> list[str]:
     """``ray start`` for a node that only this machine reaches."""
     argv = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
-    argv += ["--node-ip-address", NODE_ADDRESS, "--num-cpus", str(num_cpus), "--num-gpus", "0"]
+    argv += ["--node-ip-address", NODE_ADDRESS]
+    argv += ["--num-cpus", str(num_cpus), "--num-gpus", str(num_gpus)]
     argv += ["--include-dashboard", "false", "--disable-usage-stats"]
     argv += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
     return argv + [f"{flag}={port}" for flag, port in ray_ports(first_port).items()]
@@ -227,7 +228,8 @@ def run(args: argparse.Namespace) -> None:
         # Ray would wait half a minute for Serve to move the replicas to another node.
         os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
         log = folder / "ray.log"
-        head = stack.enter_context(running("Ray", head_command(args.ray_port, args.num_cpus), log))
+        argv = head_command(args.ray_port, args.num_cpus, args.num_gpus)
+        head = stack.enter_context(running("Ray", argv, log))
         wait_for_port(NODE_ADDRESS, args.ray_port, head, log)
         address = f"{NODE_ADDRESS}:{args.ray_port}"
         print(f"vllm-ext: Ray runs on {address}; loading the replicas ...", flush=True)
@@ -268,6 +270,7 @@ def main() -> int:
         "--ray-port", type=int, default=8310, help=f"first of {PORT_SPAN} ports for Ray (8310)"
     )
     parser.add_argument("--num-cpus", type=int, default=2, help="what Ray may schedule (2)")
+    parser.add_argument("--num-gpus", type=int, default=0, help="what Ray may schedule (0)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
     try:

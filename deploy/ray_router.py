@@ -9,13 +9,34 @@ together each sees the same queues and the same prefix tree, and all go to one r
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from ray.exceptions import RayActorError
 from ray.serve.llm.request_router import PrefixCacheAffinityRouter
 
 from deploy.ray_balance import Assignments, least_loaded
+
+logger = logging.getLogger("ray.serve")
+
+
+@contextmanager
+def surviving_the_tree() -> Iterator[None]:
+    """What Ray does with its prefix tree, an actor that may be lost with its node.
+
+    Ray would raise, log it, and leave the request waiting for ever.
+    """
+    try:
+        yield
+    except RayActorError as error:
+        logger.error(
+            "the prefix tree is lost (%s): requests go where the fewest are, whoever has their "
+            "prefix cached, until the ingress replicas start anew",
+            error,
+        )
 
 
 def prefix_text(prompt: Any) -> str | None:
@@ -77,12 +98,16 @@ class PrefixRouter(PrefixCacheAffinityRouter):
         """Ray's choice, corrected by who knows the prompt and by what is in flight; the others
         after it, for when it does not answer.
         """
-        ranks = await super().choose_replicas(candidate_replicas, pending_request)
+        ranks = [list(candidate_replicas)]
+        with surviving_the_tree():
+            ranks = await super().choose_replicas(candidate_replicas, pending_request)
         preferred = [replica for rank in ranks for replica in rank]
         # A model that only some replicas have loaded (LoRA) stays where Ray put it.
         if pending_request is None or not preferred or self._is_multiplexed(pending_request):
             return ranks
-        knowing = await self._knowing(pending_request, candidate_replicas)
+        knowing: list[Any] = []
+        with surviving_the_tree():
+            knowing = await self._knowing(pending_request, candidate_replicas)
         slack = self._imbalanced_threshold if knowing else 0
         # No await from here on: of two choices at once the second sees the first.
         ours = self._assignments.loads()
@@ -98,8 +123,17 @@ class PrefixRouter(PrefixCacheAffinityRouter):
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         self._assignments.deliver(pending_request, replica_id)
-        super().on_request_routed(pending_request, replica_id, result)
+        with surviving_the_tree():
+            super().on_request_routed(pending_request, replica_id, result)
 
     def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
         self._assignments.complete(internal_request_id, replica_id)
         super().on_request_completed(replica_id, internal_request_id)
+
+    def on_replica_actor_died(self, replica_id: Any) -> None:
+        with surviving_the_tree():
+            super().on_replica_actor_died(replica_id)
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        with surviving_the_tree():
+            super().update_replicas(replicas)

@@ -31,7 +31,7 @@ find_python() {
 }
 
 check_machine() {
-  [ "$(uname -s)" = Linux ] || die "the CPU set-up needs Linux (found $(uname -s)); GPU users: pip install 'vllm-ext[cuda]'"
+  [ "$(uname -s)" = Linux ] || die "the CPU set-up needs Linux (found $(uname -s)); GPU users: pip install '.[cuda]'"
   command -v g++ >/dev/null || die "g++ is needed to build the CPU kernels; on Debian or Ubuntu: apt-get install g++"
   local free_kib
   free_kib=$(df -Pk . | awk 'NR==2 {print $4}')

@@ -42,7 +42,7 @@ def vllm_version() -> str:
             continue
     raise UnsupportedVersion(
         f"vLLM is not installed; vllm-ext needs vLLM {SUPPORTED_MINOR}.x "
-        '(GPU: pip install "vllm-ext[cuda]"; CPU: make setup)'
+        '(GPU: pip install ".[cuda]" in the repository; CPU: make setup)'
     )
 
 

@@ -91,6 +91,10 @@ def _engine_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
         (vllm_config.speculative_config is not None, "speculative decoding"),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
         (vllm_config.kv_transfer_config is not None, "KV transfer connectors"),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "--pipeline-parallel-size (selections do not cross stages; use tensor parallelism)",
+        ),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
         (parallel.use_ubatching, "micro-batches (--enable-dbo): they would share one selection"),

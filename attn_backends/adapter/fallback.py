@@ -6,12 +6,15 @@ under its own name, but its metadata builder counts every decode row with a reas
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
 
 from attn_backends.adapter.counters import RowCounters
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 REASON = "unsupported"
 
@@ -35,9 +38,13 @@ def counted_dense(stock_path: str, method_name: str) -> str:
 
 def _counting_builder(stock_builder: Any, method_name: str) -> Any:
     class CountingBuilder(stock_builder):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._row_counters = RowCounters(method_name)
+        def __init__(
+            self, spec: Any, layer_names: list[str], vllm_config: VllmConfig, *args: Any
+        ) -> None:
+            super().__init__(spec, layer_names, vllm_config, *args)
+            # Every rank serves the same rows: one of them counts.
+            is_counting = vllm_config.parallel_config.rank == 0
+            self._row_counters = RowCounters(method_name) if is_counting else None
 
         def build(
             self,
@@ -45,9 +52,13 @@ def _counting_builder(stock_builder: Any, method_name: str) -> Any:
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
-            starts = common_attn_metadata.query_start_loc_cpu
-            num_decodes = int(((starts[1:] - starts[:-1]) == 1).sum())
-            self._row_counters.add({("dense", REASON): num_decodes})
+            if self._row_counters is not None:
+                common = common_attn_metadata
+                starts = common.query_start_loc_cpu
+                is_decode = starts[1:] - starts[:-1] == 1
+                if common.is_prefilling is not None:
+                    is_decode &= ~common.is_prefilling
+                self._row_counters.add({("dense", REASON): int(is_decode.sum())})
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
     return CountingBuilder

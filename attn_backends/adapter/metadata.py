@@ -139,7 +139,12 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
     ) -> ExtMetadata:
         """See ``AttentionMetadataBuilder.build``."""
         common = common_attn_metadata
-        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common)
+        # A last prompt token on its own (a prefix hit, a chunk) is prefill too: what it writes may
+        # serve others through the prefix cache. vLLM puts such rows behind the decode rows.
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            common, treat_short_extends_as_decodes=common.is_prefilling is None
+        )
+        options = self._options(num_decodes)
         batch = PagedBatch(
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
@@ -172,16 +177,19 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         )
         if num_decodes:
             decode = batch.rows(0, num_decodes, 0, num_decode_tokens)
-            plan = self._with_decode(plan, decode, common.seq_lens_cpu_upper_bound)
+            plan = self._with_decode(plan, decode, common.seq_lens_cpu_upper_bound, options)
         return ExtMetadata(plan, self._ops, self._windows.of_step(plan), self._window_ops)
 
     def _with_decode(
-        self, plan: DecodePlan, decode: PagedBatch, seq_lens_cpu: torch.Tensor | None
+        self,
+        plan: DecodePlan,
+        decode: PagedBatch,
+        seq_lens_cpu: torch.Tensor | None,
+        options: Mapping[int, RowOptions],
     ) -> DecodePlan:
         """The plan with its decode rows, which are counted and watched here."""
         num_rows = decode.num_reqs
         selection = self._selector.select(decode)
-        options = self._options(num_rows)
         if seq_lens_cpu is None:
             reasons = [("sparse", "unknown_length")] * num_rows
         else:
@@ -206,7 +214,10 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         )
 
     def _options(self, num_decodes: int) -> dict[int, RowOptions]:
-        """What the rows' requests asked for, as far as the recall guard lets them."""
+        """What the rows' requests asked for, as far as the recall guard lets them.
+
+        Called in every step, without decode rows too: requests that ended are forgotten here.
+        """
         options = BOOK.of_rows(num_decodes)
         watch, keeper = self._selector.watch, self._selector.keeper
         if watch is None:

@@ -47,6 +47,7 @@ def _vllm_config(
         parallel_config=SimpleNamespace(
             **(
                 {
+                    "pipeline_parallel_size": 1,
                     "decode_context_parallel_size": 1,
                     "prefill_context_parallel_size": 1,
                     "use_ubatching": False,
@@ -86,6 +87,7 @@ def test_an_ordinary_model_has_no_reasons() -> None:
         ({"cache": {"kv_sharing_fast_prefill": True}}, "--kv-sharing-fast-prefill"),
         ({"engine": {"speculative_config": object()}}, "speculative"),
         ({"engine": {"kv_transfer_config": object()}}, "KV transfer"),
+        ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size"),
         ({"parallel": {"decode_context_parallel_size": 2}}, "decode context parallelism"),
     ],
 )

@@ -100,3 +100,12 @@ def test_the_audit_changes_nothing_and_measures(model_path: str) -> None:
     assert 0 < mean_kl < 0.1
     assert figures["vllm_ext:audit_agreements"] <= figures["vllm_ext:audit_rows"]
     assert figures["vllm_ext:audit_kv_bytes_saved"] > 0
+
+
+def test_guard_and_audit_work_on_kept_selections(model_path: str, bad_profile: str) -> None:
+    settings = {"profile": bad_profile, "recall_floor": FLOOR, "reselect_steps": 4}
+    dense, _, _ = _run(model_path, settings, {"sparse": "off"})
+    guarded, rows, figures = _run(model_path, settings | {"audit_share": 0.5})
+    assert guarded == dense
+    assert figures["vllm_ext:guard_requests|dense"] == len(dense)
+    assert figures["vllm_ext:audit_rows"] <= rows["sparse|selected"]

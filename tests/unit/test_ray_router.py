@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: scripts/setup.sh ray")
 
+from ray.exceptions import RayActorError
+
 from deploy.ray_balance import Assignments
 from deploy.ray_router import PrefixCacheAffinityRouter, PrefixRouter
 
@@ -84,3 +86,17 @@ def test_prompts_that_nobody_knows_are_spread(router: Any) -> None:
     requests = [_Request(number, [100 + number] * 20) for number in range(6)]
     chosen = [_ranks(router, request)[0] for request in requests]
     assert sorted(min(rank) for rank in chosen) == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_without_the_prefix_tree_requests_go_where_the_fewest_are(
+    router: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(*_: Any) -> Any:
+        raise RayActorError
+
+    router._tree_actor.prefix_match.remote = lost
+    router._replica_queue_len_cache = {A.replica_id: 2, B.replica_id: 3, C.replica_id: 1}
+    assert _ranks(router, _Request(1, PROMPT)) == [{"c"}, {"a", "b"}]
+    monkeypatch.setattr(PrefixCacheAffinityRouter, "choose_replicas", lost)
+    router._replica_queue_len_cache[C.replica_id] = 9
+    assert _ranks(router, _Request(2, PROMPT)) == [{"a"}, {"b", "c"}]
