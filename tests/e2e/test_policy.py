@@ -20,7 +20,7 @@ SETTINGS = {"budget_tokens": 256, "min_context_tokens": 300}
 UNCHANGED = {
     "settings": SETTINGS,
     "layers": [
-        {"layers": "0", "role": "dense"},
+        {"layers": 0, "role": "dense"},
         {"layers": [1, 3, 7, 8, 14, 18, 20, 21], "role": "anchor"},
         {"layers": "22-29", "role": "reuse", "retention": "all"},
     ],
