@@ -70,8 +70,8 @@ class ExtVLLMEngine(VLLMEngine):
     def _prepare_engine_config(self, callback_ctx: Any) -> Any:
         arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
         parallel = config.parallel_config
-        is_bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind"
-        if config.device_config.device_type == "cpu" and parallel.world_size == 1 and not is_bound:
+        is_free = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind"
+        if config.device_config.device_type == "cpu" and parallel.world_size == 1 and is_free:
             parallel.distributed_executor_backend = "uni"  # what a GPU gets; Ray insists on "mp"
         return arguments, frontend, config
 

@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -32,11 +33,16 @@ def surviving_the_tree() -> Iterator[None]:
     try:
         yield
     except RayActorError as error:
-        logger.error(
-            "the prefix tree is lost (%s): requests go where the fewest are, whoever has their "
-            "prefix cached, until the ingress replicas start anew",
-            error,
-        )
+        _tell_of_the_loss(str(error))
+
+
+@cache  # every request meets it
+def _tell_of_the_loss(error: str) -> None:
+    logger.error(
+        "the prefix tree is lost (%s): requests go where the fewest are, whoever has their "
+        "prefix cached, until the ingress replicas start anew",
+        error,
+    )
 
 
 def prefix_text(prompt: Any) -> str | None:

@@ -74,7 +74,7 @@ def make_grid(
 
 
 def small_grid() -> list[Cell]:
-    """What a machine of two slow cores serves with three arms in ten minutes."""
+    """What two slow cores serve in ten minutes, as one server and as Ray."""
     return [
         *make_grid([DISTINCT], [512, 2048, 4096], [32], [1], 1),
         *make_grid([DISTINCT], [512], [32], [4], 1),
