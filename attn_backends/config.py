@@ -2,21 +2,78 @@
 
 The engine carries our settings in ``--additional-config '{"vllm_ext": {...}}'``. Keys
 that no method knows, wrong types and impossible values are errors that name the field,
-the value and what would work.
+the value and what would work. Files that users name are read as strictly.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 KERNEL_CHOICES = ("auto", "cpu", "triton", "reference")
 POLICY_KEY = "policy"  # of methods that take one: a field that composes others (docs/policy.md)
+MAX_COUNT = 1 << 20  # of tokens or steps: far above what any model is served with
+_RULE = "rule"  # key of a field's metadata
 
 
 class ConfigError(ValueError):
     """A setting of ours that cannot be honoured; the message says what would work."""
+
+
+@dataclass(frozen=True)
+class Between:
+    """What a number may be, both ends included."""
+
+    lowest: int
+    highest: int
+    unit: str = ""
+
+    def __str__(self) -> str:
+        """As the help shows it."""
+        return f"{self.lowest} to {self.highest}"
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, or None; NaN lies nowhere."""
+        if self.lowest <= value <= self.highest:
+            return None
+        bounds = f"between {self.lowest} and {self.highest} {self.unit}".rstrip()
+        return f"is {value}; it must be {bounds}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """What a word may be."""
+
+    choices: tuple[str, ...]
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, or None."""
+        if value in self.choices:
+            return None
+        return f"is {value!r}; choose one of {', '.join(self.choices)}"
+
+
+Rule = Between | OneOf
+Number = TypeVar("Number", int, float)
+
+
+def between(lowest: int, highest: int, *, default: Number, unit: str = "") -> Number:
+    """A field of a ``MethodConfig``: its range is checked there and shown by ``--help``."""
+    return field(default=default, metadata={_RULE: Between(lowest, highest, unit)})
+
+
+def at_least(lowest: int, unit: str, *, default: int) -> int:
+    """A field of a ``MethodConfig`` that counts something; every count has the same upper end."""
+    return between(lowest, MAX_COUNT, default=default, unit=unit)
+
+
+def one_of(choices: tuple[str, ...], *, default: str) -> str:
+    """A field of a ``MethodConfig`` that takes one of a few words."""
+    return field(default=default, metadata={_RULE: OneOf(choices)})
 
 
 @dataclass(frozen=True)
@@ -25,17 +82,20 @@ class MethodConfig:
 
     Attributes:
         strict: refuse to start when anything would have to be served dense.
-        kernel: implementation of the ops, ``auto`` or one of ``KERNEL_CHOICES``.
+        kernel: implementation of the ops.
+
+    Raises:
+        ConfigError: a value that its field's rule does not allow.
     """
 
     strict: bool = True
-    kernel: str = "auto"
+    kernel: str = one_of(KERNEL_CHOICES, default="auto")
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNEL_CHOICES:
-            raise ConfigError(
-                f"vllm_ext.kernel is {self.kernel!r}; choose one of {', '.join(KERNEL_CHOICES)}"
-            )
+        for name, setting in settings_of(type(self)).items():
+            rule = rule_of(setting)
+            if rule is not None and (problem := rule.problem(getattr(self, name))):
+                raise ConfigError(f"vllm_ext.{name} {problem}")
 
     @classmethod
     def compose(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,18 +113,25 @@ _TYPE_NAMES = {"int": int, "bool": bool, "str": str, "float": float}
 
 def settings_of(config_cls: type[MethodConfig]) -> dict[str, Field[Any]]:
     """The fields that are plain settings, each a flag and a key under ``vllm_ext``."""
-    return {field.name: field for field in fields(config_cls) if field.name != POLICY_KEY}
+    return {one.name: one for one in fields(config_cls) if one.name != POLICY_KEY}
+
+
+def rule_of(setting: Field[Any]) -> Rule | None:
+    """What the setting's value may be; None where its type says all."""
+    rule: Rule | None = setting.metadata.get(_RULE)
+    return rule
 
 
 def takes_policy(config_cls: type[MethodConfig]) -> bool:
     """Whether the method can be composed by a policy."""
-    return any(field.name == POLICY_KEY for field in fields(config_cls))
+    return any(one.name == POLICY_KEY for one in fields(config_cls))
 
 
-def type_problem(field: Field[Any], value: Any) -> str | None:
-    """What is wrong with the type of a setting's value, or None."""
-    type_name = str(field.type)
-    if type(value) is _TYPE_NAMES[type_name]:
+def type_problem(setting: Field[Any], value: Any) -> str | None:
+    """What is wrong with the type of a setting's value, or None; 0 is a float as in Python."""
+    type_name = str(setting.type)
+    allowed = (int, float) if type_name == "float" else (_TYPE_NAMES[type_name],)
+    if type(value) in allowed:  # and not isinstance: a bool is no number
         return None
     return f"must be of type {type_name}, got {type(value).__name__}: {value!r}"
 
@@ -104,3 +171,33 @@ def known_settings(config_cls: type[MethodConfig], settings: Mapping[str, Any]) 
     """The settings that a method knows, for commands that run several methods at once."""
     names = settings_of(config_cls)
     return {key: value for key, value in settings.items() if key in names}
+
+
+def read_text(path: Path, limit_bytes: int, named: str) -> str:
+    """Content of a file that a user named, which may be anything.
+
+    Args:
+        path: of a regular file; a FIFO would block, a device has no end.
+        limit_bytes: no more is read.
+        named: what messages call it.
+
+    Raises:
+        ConfigError: not such a file, larger than that, or not UTF-8.
+    """
+    try:
+        # Without waiting for somebody to write to a FIFO.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            content = file.read(limit_bytes + 1) if is_regular else b""
+    except OSError as error:
+        raise ConfigError(f"{named} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # NUL or half a surrogate in the path
+        raise ConfigError(f"{named!r} cannot be read: {error}") from None
+    if not is_regular:
+        raise ConfigError(f"{named} is not a regular file; write its content to one")
+    if len(content) > limit_bytes:
+        raise ConfigError(f"{named} has more than {limit_bytes} bytes; at most that many are read")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{named} is not UTF-8 text (byte {error.start})") from None

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from attn_backends.config import ConfigError
+from attn_backends.config import ConfigError, read_text
 from attn_backends.findings import Findings
 from attn_backends.plan import LayerRole, LayerSchedule
 
@@ -132,19 +132,34 @@ def load_profile(path: Path) -> Profile:
     """Reads and validates a profile.
 
     Raises:
-        ConfigError: unreadable, too large, not JSON, or not a valid profile; names the field.
+        ConfigError: not a regular file, unreadable, too large, not UTF-8, not JSON, or not a
+            valid profile; names the field.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_PROFILE_BYTES:
-            raise ConfigError(f"profile {path} has {size} bytes; at most {MAX_PROFILE_BYTES}")
-        return Profile.model_validate_json(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"profile {path} cannot be read: {error.strerror}") from None
+        return Profile.model_validate_json(
+            read_text(path, MAX_PROFILE_BYTES, named=f"profile {path}")
+        )
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(f"profile {path} is not valid: {where}: {first['msg']}") from None
+
+
+def read_model_config(model_folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a Hugging Face folder.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a JSON object.
+    """
+    path = model_folder / "config.json"
+    text = read_text(path, MAX_PROFILE_BYTES, named=str(path))
+    try:
+        config: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is not a JSON object; is this a Hugging Face folder?")
+    return config
 
 
 def fingerprint(model_folder: Path) -> str:
@@ -155,8 +170,11 @@ def fingerprint(model_folder: Path) -> str:
 
     Args:
         model_folder: a Hugging Face folder with ``config.json``.
+
+    Raises:
+        ConfigError: see ``read_model_config``.
     """
-    config = json.loads((model_folder / "config.json").read_text())
+    config = read_model_config(model_folder)
     digest = hashlib.sha256(json.dumps([config.get(key) for key in _SHAPE_KEYS]).encode())
     for path in sorted(model_folder.glob("*.safetensors")):
         size = path.stat().st_size

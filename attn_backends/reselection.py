@@ -27,7 +27,8 @@ class SelectionKeeper:
 
     Args:
         reselect_steps: positions from one selection to the next, at least 2.
-        budget_of: tokens that the server gives a row of a length.
+        budget_of: what the server's budget of a length follows from; another such thing than
+            before selects anew.
         shape: of a selection buffer, ``[max_num_reqs, num_kv_heads, max_blocks]``.
         device: of the buffers.
     """
@@ -35,7 +36,7 @@ class SelectionKeeper:
     def __init__(
         self,
         reselect_steps: int,
-        budget_of: Callable[[int], int],
+        budget_of: Callable[[int], Hashable],
         shape: tuple[int, int, int],
         device: torch.device,
     ) -> None:

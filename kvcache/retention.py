@@ -29,6 +29,11 @@ class RetentionPolicy(Protocol):
         """Names the policy and its parameters; equal identities mean equal KV content."""
         ...
 
+    @property
+    def caches_generated(self) -> bool:
+        """Whether blocks of generated tokens may serve later prompts."""
+        ...
+
     def evictable(self, num_computed_tokens: int, block_size: int) -> BlockRange:
         """Blocks that no later query may read.
 
@@ -95,6 +100,7 @@ class SinkWindowRetention:
     Attributes:
         sink_tokens: 0 or more.
         window_tokens: what a query may see, itself included; 1 or more.
+        caches_generated: see ``KeepAll``; False where other layers decode sparsely.
 
     Raises:
         ValueError: a value out of its range.
@@ -102,6 +108,7 @@ class SinkWindowRetention:
 
     sink_tokens: int
     window_tokens: int
+    caches_generated: bool = True
 
     def __post_init__(self) -> None:
         if self.sink_tokens < 0:
@@ -112,7 +119,8 @@ class SinkWindowRetention:
     @property
     def identity(self) -> str:
         """See ``RetentionPolicy.identity``."""
-        return f"sink{self.sink_tokens}-window{self.window_tokens}"
+        cached = "" if self.caches_generated else "-prompts-cached"
+        return f"sink{self.sink_tokens}-window{self.window_tokens}{cached}"
 
     def sink_blocks(self, block_size: int) -> int:
         """Blocks at the start that are always kept."""

@@ -6,15 +6,21 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Metric
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from kvcache.adapter.figures import FOLDER_ENV, metrics_folder
+
+RATIO = "vllm_ext:activation_ratio"
+RATIO_HELP = "Share of decode rows served by the sparse path since the start, over all engines."
+_ROWS = "vllm_ext:decode_rows"
 
 
 class WorkerFigures(Collector):
@@ -28,14 +34,25 @@ class WorkerFigures(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """All families of all workers."""
+        """All families of all workers, and the ratio that follows from their rows."""
         if not self._folder.is_dir():
             return []
         collector: Any = MultiProcessCollector  # prometheus_client is partly untyped
-        families: Iterable[Metric] = collector(
-            CollectorRegistry(), path=str(self._folder)
-        ).collect()
-        return families
+        families: list[Metric] = [*collector(CollectorRegistry(), path=str(self._folder)).collect()]
+        return [*families, *(_ratio(family) for family in families if family.name == _ROWS)]
+
+
+def _ratio(rows: Metric) -> Metric:
+    """Sparse rows over all decode rows, by method."""
+    totals: Counter[tuple[str, bool]] = Counter()
+    for sample in rows.samples:
+        totals[sample.labels["method"], sample.labels["path"] == "sparse"] += int(sample.value)
+    family = GaugeMetricFamily(RATIO, RATIO_HELP, labels=["method"])
+    for method in sorted({method for method, _ in totals}):
+        sparse, dense = totals[method, True], totals[method, False]
+        if sparse + dense:  # a worker may be about to write its first
+            family.add_metric([method], sparse / (sparse + dense))
+    return family
 
 
 def create_folder() -> None:
@@ -63,7 +80,8 @@ _exported: set[Path] = set()
 def export() -> None:
     """Adds the workers' figures to this process's registry, once per folder.
 
-    In prometheus multiprocess mode vLLM's own collector reads the same folder.
+    In prometheus multiprocess mode vLLM's own collector reads the same folder, and shows
+    everything but the ratio, which no process can know.
     """
     folder = metrics_folder()
     if folder is None or "PROMETHEUS_MULTIPROC_DIR" in os.environ or folder in _exported:
@@ -80,7 +98,7 @@ def decode_rows() -> dict[tuple[str, str, str], float]:
     return {
         (labels["method"], labels["path"], labels["reason"]): sample.value
         for family in WorkerFigures(folder).collect()
-        if family.name == "vllm_ext:decode_rows"
+        if family.name == _ROWS
         for sample in family.samples
         if (labels := sample.labels)
     }

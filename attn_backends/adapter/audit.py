@@ -43,18 +43,23 @@ class AuditingRunner:
         if not self._is_due(context.attn_metadata):
             return stock._model_forward(*args, **kwargs)
         served = context.attn_metadata
-        rows = next(iter(served.values())).plan.selecting_rows
+        plan = next(iter(served.values())).plan
+        rows = plan.selecting_rows
         row = rows[self._audited_steps % len(rows)]
         self._audited_steps += 1
         context.attn_metadata = {name: _dense(metadata, row) for name, metadata in served.items()}
         try:
-            dense = stock._model_forward(*args, **kwargs)[row : row + 1].clone()
+            dense = stock._model_forward(*args, **kwargs)[: plan.num_tokens].clone()
         finally:
             context.attn_metadata = served
         hidden = stock._model_forward(*args, **kwargs)
         model: Any = self.model  # type: ignore[attr-defined]
+        # Of all rows, since a model may wrap the logits and know which row is whose (LoRA does);
+        # the weights are read once either way.
+        dense_logits = model.compute_logits(dense)[row : row + 1]
+        served_logits = model.compute_logits(hidden[: plan.num_tokens])[row : row + 1]
         self.audit_figures.add(
-            *_divergence(model.compute_logits(dense), model.compute_logits(hidden[row : row + 1])),
+            *_divergence(dense_logits, served_logits),
             kv_bytes_saved=sum(_saved_bytes(served, name, row) for name in served),
         )
         return hidden

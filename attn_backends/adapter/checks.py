@@ -36,18 +36,29 @@ def _alibi(hf_config: Any) -> bool:
     return is_baichuan_13b and any(name.startswith("Baichuan") for name in names)
 
 
+def _has_sliding_layers(model_config: Any, layer_types: list[str]) -> bool:
+    """Whether vLLM gives some layer a window: the types say which, where a model has types.
+
+    Qwen2-style configurations keep a ``sliding_window`` that no layer has where
+    ``max_window_layers`` is the number of layers.
+    """
+    if layer_types:
+        return any("sliding" in kind for kind in layer_types)
+    return model_config.get_sliding_window() is not None
+
+
 def _model_reasons(model_config: Any) -> list[str]:
     text_config = model_config.hf_text_config
     layer_types = getattr(text_config, "layer_types", None) or []
-    window = model_config.get_sliding_window()
     head_size = model_config.get_head_size()
     checks = [
         (model_config.use_mla, "MLA attention"),
         (model_config.is_encoder_decoder, "cross-attention (an encoder-decoder model)"),
         (model_config.runner_type != "generate", f"runner type {model_config.runner_type!r}"),
         (
-            window is not None or any("sliding" in kind for kind in layer_types),
-            f"sliding-window layers of the model itself (window {window})",
+            _has_sliding_layers(model_config, layer_types),
+            "sliding-window layers of the model itself "
+            f"(window {model_config.get_sliding_window()})",
         ),
         (
             any("chunked" in kind for kind in layer_types)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping
 
 from attn_backends.recall import BOUNDS, RecallWatch
 from kvcache.adapter.figures import figure_files
 
 ROWS = "vllm_ext:decode_rows"
 ROWS_HELP = "Decode rows served, by method, path (sparse or dense) and reason."
-RATIO = "vllm_ext:activation_ratio"
 RECALL = "vllm_ext:selection_recall"
 RECALL_HELP = (
-    "Attention mass that selections cover, moving average over rows. own: the worst anchor's own "
-    "selection; inherited: the one before, at the worst anchor; served: relative to the "
-    "best choice, of the worst head of all reuse layers, of checked rows."
+    "Attention mass that selections cover, moving average over an engine's rows. own: the worst "
+    "anchor's own selection; inherited: the one before, at the worst anchor; served: relative to "
+    "the best choice, of the worst head of all reuse layers, of checked rows."
 )
 RECALL_HISTOGRAM = "vllm_ext:selection_recall_hist"
 RECALL_HISTOGRAM_HELP = "Attention mass that selections cover, per sparse decode row."
@@ -33,55 +33,58 @@ AUDIT_BYTES = (
 )
 GUARD = "vllm_ext:guard_requests"
 GUARD_HELP = "Requests whose recall stayed below the floor, by what the guard did."
-RATIO_HELP = "Share of decode rows served by the sparse path since the start."
 
 
 class RowCounters:
-    """Counts decode rows of one worker."""
+    """Counts decode rows of one worker, and what its recall watch finds out.
 
-    def __init__(self, method: str) -> None:
-        self._method = method
-        self._rows: dict[tuple[str, str], int] = {}
+    Args:
+        method: the backend's name.
+        engine: number of the data-parallel engine, as in vLLM's own metrics.
+    """
+
+    def __init__(self, method: str, engine: int = 0) -> None:
+        self._method = {"method": method}
+        self._engine = {"engine": str(engine)}
+        self._shown: dict[Hashable, float] = {}  # of the watch's totals
         self._files = figure_files()
 
-    def add(self, rows: dict[tuple[str, str], int]) -> None:
+    def add(self, rows: Mapping[tuple[str, str], int]) -> None:
         """Counts rows of this step.
 
         Args:
             rows: number of rows by (path, reason); the path is ``sparse`` or ``dense``.
         """
+        if self._files is None:
+            return
         for (path, reason), num_rows in rows.items():
-            if not num_rows:
-                continue
-            total = self._rows[path, reason] = self._rows.get((path, reason), 0) + num_rows
-            if self._files is not None:
-                labels = {"method": self._method, "path": path, "reason": reason}
-                self._files.set_counter(ROWS, ROWS_HELP, labels, total)
-        if self._files is not None:
-            labels = {"method": self._method}
-            self._files.set_gauge(RATIO, RATIO_HELP, labels, self.activation_ratio)
+            labels = self._method | {"path": path, "reason": reason}
+            if num_rows:
+                self._files.add_to_counter(ROWS, ROWS_HELP, labels, num_rows)
 
     def show_recall(self, watch: RecallWatch) -> None:
-        """Writes what the watch knows, nothing before the first sparse row."""
+        """Writes what the watch learned since this was last called."""
         if self._files is None or not watch.ema:
             return
-        method = {"method": self._method}
         for kind, value in watch.ema.items():
-            labels = method | {"kind": kind}
-            self._files.set_gauge(RECALL, RECALL_HELP, labels, value)
-            counts = dict(zip((*BOUNDS, math.inf), watch.histograms[kind], strict=True))
-            self._files.set_histogram(
-                RECALL_HISTOGRAM, RECALL_HISTOGRAM_HELP, labels, counts, watch.sums[kind]
+            labels = self._method | {"kind": kind}
+            self._files.set_gauge(RECALL, RECALL_HELP, labels | self._engine, value)
+            counts = {
+                bound: int(self._growth((kind, bound), count))
+                for bound, count in zip((*BOUNDS, math.inf), watch.histograms[kind], strict=True)
+            }
+            total = self._growth((kind, "sum"), watch.sums[kind])
+            self._files.add_to_histogram(
+                RECALL_HISTOGRAM, RECALL_HISTOGRAM_HELP, labels, counts, total
             )
-        for action, total in watch.actions.items():
-            self._files.set_counter(GUARD, GUARD_HELP, method | {"action": action}, total)
+        for action, requests in watch.actions.items():
+            labels = self._method | {"action": action}
+            self._files.add_to_counter(GUARD, GUARD_HELP, labels, self._growth(action, requests))
 
-    @property
-    def activation_ratio(self) -> float:
-        """Sparse rows over all decode rows so far; 0 before the first."""
-        total = sum(self._rows.values())
-        sparse = sum(rows for (path, _), rows in self._rows.items() if path == "sparse")
-        return sparse / total if total else 0.0
+    def _growth(self, name: Hashable, total: float) -> float:
+        growth = total - self._shown.get(name, 0.0)
+        self._shown[name] = total
+        return growth
 
 
 class AuditFigures:
@@ -90,11 +93,7 @@ class AuditFigures:
     def __init__(self, method: str) -> None:
         self._labels = {"method": method}
         self._files = figure_files()
-        self.rows = 0
-        self.kl_sum = 0.0
-        self.agreements = 0
-        self.kv_bytes_saved = 0  # less than 0 while more was read twice than was left out
-        self._shown_bytes = 0
+        self._unshown_bytes = 0  # saved, less what was read twice; shown once it is more than 0
 
     def add(self, divergences: list[float], agrees: list[bool], kv_bytes_saved: int) -> None:
         """Counts audited rows.
@@ -102,19 +101,17 @@ class AuditFigures:
         Args:
             divergences: nats, by row.
             agrees: by row.
-            kv_bytes_saved: of these rows.
+            kv_bytes_saved: of these rows; negative where more was read twice than left out.
         """
-        self.rows += len(divergences)
-        self.kl_sum += sum(divergences)
-        self.agreements += sum(agrees)
-        self.kv_bytes_saved += kv_bytes_saved
-        self._shown_bytes = max(self._shown_bytes, self.kv_bytes_saved)  # a counter never falls
         if self._files is None:
             return
-        for (name, text), total in (
-            (AUDITED, self.rows),
-            (AUDIT_KL, self.kl_sum),
-            (AUDIT_AGREEMENTS, self.agreements),
-            (AUDIT_BYTES, self._shown_bytes),
+        self._unshown_bytes += kv_bytes_saved
+        saved_bytes = max(0, self._unshown_bytes)  # a counter never falls
+        self._unshown_bytes -= saved_bytes
+        for (name, text), amount in (
+            (AUDITED, len(divergences)),
+            (AUDIT_KL, sum(divergences)),
+            (AUDIT_AGREEMENTS, sum(agrees)),
+            (AUDIT_BYTES, saved_bytes),
         ):
-            self._files.set_counter(name, text, self._labels, total)
+            self._files.add_to_counter(name, text, self._labels, amount)

@@ -125,8 +125,12 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         )
         # Every rank and every KV group serves the same rows: one of them counts.
         is_first = min(indices.values()) == min(extract_layer_index(name) for name in layers)
-        is_counting = is_first and vllm_config.parallel_config.rank == 0
-        self._counters = RowCounters(method.name) if is_counting else None
+        parallel = vllm_config.parallel_config
+        is_counting = is_first and parallel.rank == 0
+        engine = parallel.data_parallel_index
+        self._counters = RowCounters(method.name, engine) if is_counting else None
+        self._decode_leaves_out = bool({LayerRole.REUSE, LayerRole.SELF} & {*schedule.roles})
+        self._ended = BOOK.ended_requests()
         logger.info(
             "%s: block %d tokens; %s; %s", method.name, geometry.block_size, self._ops, config
         )
@@ -144,6 +148,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, treat_short_extends_as_decodes=common.is_prefilling is None
         )
+        self._count_beam_steps()
         options = self._options(num_decodes)
         batch = PagedBatch(
             query_start_loc=common.query_start_loc,
@@ -219,19 +224,26 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         Called in every step, without decode rows too: requests that ended are forgotten here.
         """
         options = BOOK.of_rows(num_decodes)
+        ended_ids = self._ended.take()
         watch, keeper = self._selector.watch, self._selector.keeper
         if watch is None:
-            BOOK.take_finished()  # nobody keeps anything of theirs
             return options
         row_ids = BOOK.ids_of_rows(num_decodes)
         if watch.begin_step(BOOK.step, row_ids):
-            finished_ids = BOOK.take_finished()
-            watch.forget(finished_ids)
+            watch.forget(ended_ids)
             if keeper is not None:
-                keeper.forget(finished_ids)
+                keeper.forget(ended_ids)
             if self._counters is not None:
                 self._counters.show_recall(watch)
         return watch.guarded(row_ids, options)
+
+    def _count_beam_steps(self) -> None:
+        """Each is a prompt to vLLM, so that none of its rows is a decode row: where prefill reads
+        what decode would leave out, a beam search is dense.
+        """
+        if self._counters is not None and (num_steps := BOOK.take_beam_steps()):
+            path = "dense" if self._decode_leaves_out else "sparse"
+            self._counters.add({(path, "beam_search"): num_steps})
 
     def _due(
         self,

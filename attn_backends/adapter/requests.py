@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from attn_backends.batch import RowOptions
 from attn_backends.budget import PRESETS
@@ -85,27 +86,63 @@ def _options_of(extra_args: Mapping[str, Any], presets: Mapping[str, RowOptions]
     return RowOptions(sparse == "off", extra_args.get("budget_tokens"))
 
 
+def _is_beam_step(params: Any) -> bool:
+    """Whether a request is one step of one beam: vLLM asks for each as a new prompt.
+
+    Its front ends (``entrypoints/generate/beam_search``) are the only ones to ask for a single
+    token, undecoded, with the log-probabilities of twice as many as there are beams.
+    """
+    return (
+        params is not None
+        and params.max_tokens == 1
+        and not params.detokenize
+        and bool(params.logprobs)
+        and params.logprobs % 2 == 0
+    )
+
+
+class EndedRequests:
+    """Requests that ended and that one reader has not been told of yet."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+
+    def take(self) -> list[str]:
+        """Those that ended since this was last asked."""
+        taken, self.ids = self.ids, []
+        return taken
+
+
 class RequestBook:
-    """Options of the requests that are alive in this worker."""
+    """Options of the requests that are alive in this worker, and news of those that are not."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, RowOptions] = {}
         self.step = 0  # of this worker; tells the builders of several KV groups apart from steps
-        self._finished_ids: list[str] = []  # since they were last taken
+        self._readers: WeakSet[EndedRequests] = WeakSet()  # they go with their builders
+        self._num_beam_steps = 0  # since they were last taken
         self.presets: Mapping[str, RowOptions] = PRESETS
         self.row_ids: Callable[[], Sequence[str | None]] = lambda: ()
 
     def update(self, scheduler_output: SchedulerOutput) -> None:
-        """Takes note of new requests and forgets finished ones; preempted ones stay."""
+        """Takes note of new requests and forgets finished ones; preempted ones stay.
+
+        A later chunk of a streaming-input session arrives as a new request under the old id: its
+        options are its own, too.
+        """
         self.step += 1
-        self._finished_ids += scheduler_output.finished_req_ids
+        for reader in self._readers:
+            reader.ids += scheduler_output.finished_req_ids
         for request_id in scheduler_output.finished_req_ids:
             self._by_id.pop(request_id, None)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             extra_args = params.extra_args if params is not None else None
+            self._num_beam_steps += _is_beam_step(params)
             if extra_args and any(key in extra_args for key in KEYS):
                 self._by_id[request.req_id] = _options_of(extra_args, self.presets)
+            else:
+                self._by_id.pop(request.req_id, None)
 
     def of_rows(self, num_rows: int) -> dict[int, RowOptions]:
         """Options by row index, for the first rows of the batch about to run."""
@@ -114,9 +151,15 @@ class RequestBook:
         ids = self.ids_of_rows(num_rows)
         return {row: self._by_id[i] for row, i in enumerate(ids) if i in self._by_id}
 
-    def take_finished(self) -> list[str]:
-        """Requests that ended since this was last asked."""
-        taken, self._finished_ids = self._finished_ids, []
+    def ended_requests(self) -> EndedRequests:
+        """What a builder asks for requests that end from now on; each builder has its own."""
+        reader = EndedRequests()
+        self._readers.add(reader)
+        return reader
+
+    def take_beam_steps(self) -> int:
+        """Steps of beams that arrived since this was last asked."""
+        taken, self._num_beam_steps = self._num_beam_steps, 0
         return taken
 
     def ids_of_rows(self, num_rows: int) -> Sequence[str | None]:

@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from attn_backends.adapter.audit import with_audit
+from attn_backends.adapter.compat import unseeded_chunks
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.requests import BOOK
@@ -65,7 +66,7 @@ def presets_of(vllm_config: VllmConfig) -> Mapping[str, RowOptions]:
 
 
 class RetainingWorker:
-    """Put before a worker of vLLM in the bases."""
+    """Put before a worker of vLLM in the bases: retention, and news for the request book."""
 
     vllm_config: VllmConfig
 
@@ -75,6 +76,12 @@ class RetainingWorker:
         with unallocated(self.vllm_config):
             specs = stock.get_kv_cache_spec()
         return retained_specs(self.vllm_config, specs)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """See ``Worker.execute_model``."""
+        BOOK.update(scheduler_output)
+        stock: Any = super()
+        return stock.execute_model(scheduler_output)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """See ``Worker.initialize_from_config``; dropped layers are bound to another's cache."""
@@ -88,25 +95,29 @@ _builtin: Any = resolve_obj_by_qualname(STOCK_WORKERS[current_platform.device_ty
 if current_platform.is_cpu():
 
     class ExtCPUWorker(RetainingWorker, _builtin):  # type: ignore[misc]
-        """Retention; and tells the request book what arrives and in which order rows run."""
+        """Tells the request book, too, in which order rows run."""
 
         def init_device(self) -> None:
             """See ``CPUWorker.init_device``."""
             super().init_device()
             runner: Any = self.model_runner
             BOOK.row_ids = lambda: runner.input_batch.req_ids
+            if self.vllm_config.lora_config is not None:
+                from attn_backends.adapter.compat_lora import with_adapters
+
+                with_adapters(runner)
             method = chosen_method(self.vllm_config)
             config = None if method is None else method_config(self.vllm_config, method)
             if isinstance(config, BudgetConfig) and config.audit_share:
                 with_audit(runner, config.audit_share, str(method.name if method else ""))
             BOOK.presets = presets_of(self.vllm_config)
 
-        def execute_model(self, scheduler_output: Any) -> Any:
-            """See ``Worker.execute_model``."""
-            BOOK.update(scheduler_output)
-            return super().execute_model(scheduler_output)
+        def sample_tokens(self, grammar_output: Any) -> Any:
+            """See ``Worker.sample_tokens``."""
+            with unseeded_chunks(self.model_runner):
+                return super().sample_tokens(grammar_output)
 
 else:
 
     class ExtGPUWorker(RetainingWorker, _builtin):  # type: ignore[misc]
-        """Retention. Not run on a GPU yet."""
+        """Retention."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
-from attn_backends.config import ConfigError, MethodConfig
+from attn_backends.config import ConfigError, MethodConfig, at_least, one_of
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
 from attn_backends.profile import load_profile, require_fit
@@ -32,9 +32,9 @@ class SinkWindowConfig(MethodConfig):
     """Settings of SINK_WINDOW.
 
     Attributes:
-        sink_tokens: first tokens that are always attended, 0 to 1,048,576.
+        sink_tokens: first tokens that are always attended.
         window_tokens: last tokens that are attended, the current one included; at least
-            one KV block (checked again against the real block size at start-up).
+            one KV block.
         retention: ``evict`` frees the blocks between sinks and window, ``keep_all`` does not.
         profile: path of a profile whose ``full_layers`` keep and read everything (DuoAttention's
             split, arXiv 2410.10819, at layer level) and whose ``drop_layers`` attend nothing and
@@ -44,24 +44,10 @@ class SinkWindowConfig(MethodConfig):
         ConfigError: a value out of its range.
     """
 
-    sink_tokens: int = 64
-    window_tokens: int = 1024
-    retention: str = "evict"
+    sink_tokens: int = at_least(0, "tokens", default=64)
+    window_tokens: int = at_least(1, "tokens", default=1024)
+    retention: str = one_of(RETENTION_CHOICES, default="evict")
     profile: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field, lowest in (("sink_tokens", 0), ("window_tokens", 1)):
-            value = getattr(self, field)
-            if not lowest <= value <= 1 << 20:
-                raise ConfigError(
-                    f"vllm_ext.{field} is {value}; it must be between {lowest} and {1 << 20} tokens"
-                )
-        if self.retention not in RETENTION_CHOICES:
-            raise ConfigError(
-                f"vllm_ext.retention is {self.retention!r}; choose one of "
-                f"{', '.join(RETENTION_CHOICES)}"
-            )
 
 
 class SinkWindowSelector:

@@ -29,7 +29,7 @@ import torch
 
 from attn_backends.batch import RowOptions
 from attn_backends.budget import PRESETS, BudgetConfig, BudgetSelector, prompts_cached
-from attn_backends.config import POLICY_KEY, ConfigError
+from attn_backends.config import POLICY_KEY, ConfigError, at_least, one_of
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.policy.composition import compose, retention_of
@@ -53,39 +53,27 @@ class TidalConfig(BudgetConfig):
 
     Attributes:
         profile: path of a profile, or ``auto`` for the one shipped for this model.
-        anchor_attention: ``selected`` or ``full``; anchor layers score all keys in either case,
-            and attend only what they select, without reading other values, or everything.
+        anchor_attention: anchor layers score all keys in either case, and attend only what they
+            select, without reading other values, or everything.
         reselect_steps: decode steps from one selection to the next; it must divide the KV block.
             Guard checks then come as many steps later as lets them meet selections of every age.
-        selection_per: ``kv_head`` or ``query_head``; what chooses blocks for itself. Query heads
-            as in TidalDecode's paper are slow: what a KV head holds is read once for each.
+        selection_per: what chooses blocks for itself. Query heads as in TidalDecode's paper are
+            slow: what a KV head holds is read once for each.
         policy: of layers, budgets and presets; read from a document (``compose``).
     """
 
     profile: str = "auto"
-    anchor_attention: str = "selected"
-    reselect_steps: int = 1
-    selection_per: str = "kv_head"
+    anchor_attention: str = one_of(ANCHOR_ATTENTION, default="selected")
+    reselect_steps: int = at_least(1, "steps", default=1)
+    selection_per: str = one_of(SELECTION_PER, default="kv_head")
     policy: Policy = NO_POLICY
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.anchor_attention not in ANCHOR_ATTENTION:
-            raise ConfigError(
-                f"vllm_ext.anchor_attention is {self.anchor_attention!r}; choose one of "
-                f"{', '.join(ANCHOR_ATTENTION)}"
-            )
-        if self.reselect_steps < 1:
-            raise ConfigError(f"vllm_ext.reselect_steps is {self.reselect_steps}; at least 1 works")
         if self.reselect_steps > 1 and self.anchor_attention == "full":
             raise ConfigError(
                 f"vllm_ext.reselect_steps is {self.reselect_steps}, but anchors that attend "
                 "everything read it in every step; set vllm_ext.anchor_attention to selected"
-            )
-        if self.selection_per not in SELECTION_PER:
-            raise ConfigError(
-                f"vllm_ext.selection_per is {self.selection_per!r}; choose one of "
-                f"{', '.join(SELECTION_PER)}"
             )
         if self.selection_per == "query_head" and self.reselect_steps > 1:
             raise ConfigError(
@@ -129,26 +117,20 @@ class TidalSelector(BudgetSelector):
         self._least_reach_tokens = min(reaches, default=None)
         if config.reselect_steps > 1:
             self.keeper = SelectionKeeper(
-                config.reselect_steps, self._server_budget_tokens, self._shape, device
+                config.reselect_steps, self._policy.budget_of, self._shape, device
             )
 
-    def _fill_budgets(self, budgets: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        super()._fill_budgets(budgets, seq_lens)
+    def _server_budget_blocks(self, seq_lens: torch.Tensor) -> torch.Tensor:
+        budgets = super()._server_budget_blocks(seq_lens)
         # The shortest entry that fits wins, so it is written last.
         for entry in reversed(self._policy.budgets):
             tokens = seq_lens if entry.budget_tokens is None else entry.budget_tokens
             blocks = -(-tokens // self._block_size)
-            fits = seq_lens <= entry.up_to_tokens
-            budgets.copy_(torch.where(fits, blocks, budgets))
+            budgets = torch.where(seq_lens <= entry.up_to_tokens, blocks, budgets)
+        return budgets.to(torch.int32)
 
-    def _server_budget_tokens(self, seq_len: int) -> int:
-        entry = self._policy.budget_of(seq_len)
-        if entry is None:
-            return super()._server_budget_tokens(seq_len)
-        return seq_len if entry.budget_tokens is None else entry.budget_tokens
-
-    def _reason(self, seq_len: int, asked: RowOptions) -> tuple[str, str]:
-        path, reason = super()._reason(seq_len, asked)
+    def _reason(self, seq_len: int, keeps_all: bool, asked: RowOptions) -> tuple[str, str]:
+        path, reason = super()._reason(seq_len, keeps_all, asked)
         if path == "sparse" and not self._leaves_out:
             path, reason = "dense", "no_sparse_layers"
         reads_all = path == "dense" or reason == "everything_kept"

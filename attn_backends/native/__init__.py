@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 LIBRARY_NAME = "vllm_ext_kernels.so"
+_CACHE_REMEDY = "Set XDG_CACHE_HOME to a folder that can be written"
 
 
 class NativeBuildError(RuntimeError):
@@ -40,7 +42,10 @@ def _flags() -> list[str]:
 
 
 def _cache_folder() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise NativeBuildError(f"{error} {_CACHE_REMEDY}") from None
     cpu_info = Path("/proc/cpuinfo")
     features = ""
     if cpu_info.exists():
@@ -52,8 +57,21 @@ def _cache_folder() -> Path:
 
 
 def library_path() -> Path:
-    """Where the shared library for this machine is, or will be."""
+    """Where the shared library for this machine is, or will be.
+
+    Raises:
+        NativeBuildError: this user has no cache folder.
+    """
     return _cache_folder() / LIBRARY_NAME
+
+
+def _search_path() -> str:
+    """PATH for the build: ninja may be beside the interpreter of a virtual environment that is
+    not activated. Empty entries, which would mean the current folder, are left out.
+    """
+    given = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
+    folders = given or os.defpath.split(os.pathsep)
+    return os.pathsep.join([str(Path(sys.executable).parent), *folders])
 
 
 def build() -> Path:
@@ -63,12 +81,22 @@ def build() -> Path:
         Path of the shared library.
 
     Raises:
-        NativeBuildError: no C++ compiler, or the compiler failed.
+        NativeBuildError: no C++ compiler, no folder to write to, or the compiler failed.
     """
     target = library_path()
-    if target.exists():
-        return target
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
+    try:
+        if not target.exists():
+            _build_once(target)
+    except OSError as error:
+        raise NativeBuildError(
+            f"the CPU kernels cannot be built in {target.parent} ({error.strerror or error}). "
+            f"{_CACHE_REMEDY}"
+        ) from None
+    return target
+
+
+def _build_once(target: Path) -> None:
+    if shutil.which(os.environ.get("CXX", "g++"), path=_search_path()) is None:
         raise NativeBuildError(
             "no C++ compiler found for the CPU kernels; install one (Debian/Ubuntu: "
             "apt-get install g++) or choose --kernel reference, which is slow"
@@ -78,20 +106,31 @@ def build() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if this process dies
         if not target.exists():
             _compile(target)
-    return target
 
 
 def _compile(target: Path) -> None:
-    from torch.utils import cpp_extension
-
+    """Builds in a folder that no other build has seen: torch locks it by a file that outlives a
+    killed process, and would wait for that for ever. The caller holds the real lock, so what is
+    left of other builds is of dead ones.
+    """
     logger.warning("building the CPU kernels once for this machine (about half a minute) ...")
     started = time.monotonic()
-    folder = target.parent / f"build-{os.getpid()}"
-    folder.mkdir(exist_ok=True)
-    # torch looks for ninja on PATH; in a virtual environment that is not activated it is
-    # beside the interpreter.
-    path_before = os.environ.get("PATH", "")
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path_before}"
+    for stale in target.parent.glob("build-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="build-", dir=target.parent))
+    try:
+        _run_compiler(folder)
+        os.replace(folder / LIBRARY_NAME, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    logger.warning("CPU kernels built in %.0f s: %s", time.monotonic() - started, target)
+
+
+def _run_compiler(folder: Path) -> None:
+    from torch.utils import cpp_extension
+
+    before = os.environ.get("PATH")
+    os.environ["PATH"] = _search_path()
     try:
         cpp_extension.load(
             name="vllm_ext_kernels",
@@ -105,10 +144,10 @@ def _compile(target: Path) -> None:
     except RuntimeError as error:
         raise NativeBuildError(f"the CPU kernels did not compile: {error}") from error
     finally:
-        os.environ["PATH"] = path_before
-    os.replace(folder / LIBRARY_NAME, target)
-    shutil.rmtree(folder, ignore_errors=True)
-    logger.warning("CPU kernels built in %.0f s: %s", time.monotonic() - started, target)
+        if before is None:
+            del os.environ["PATH"]
+        else:
+            os.environ["PATH"] = before
 
 
 @functools.cache

@@ -6,6 +6,7 @@ An explicit request is honoured or refused, never replaced.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ class OpImpl:
     unsupported_reason: Callable[[OpContext], str | None]
 
 
+@functools.cache
+def _warn_once(reasons: str) -> None:
+    """Every op of every layer geometry asks, mostly for the same reasons."""
+    logger.warning("some ops run on their slow reference implementation (%s)", reasons)
+
+
 def resolve(impls: Sequence[OpImpl], context: OpContext, requested: str = "auto") -> OpImpl:
     """The implementation to use.
 
@@ -68,9 +75,7 @@ def resolve(impls: Sequence[OpImpl], context: OpContext, requested: str = "auto"
         reason = by_name[name].unsupported_reason(context)
         if reason is None:
             if requested == "auto" and name == "reference":
-                logger.warning(
-                    "%s runs on its slow reference implementation (%s)", op, "; ".join(reasons)
-                )
+                _warn_once("; ".join(reasons))
             return by_name[name]
         reasons.append(f"{name}: {reason}")
     raise ConfigError(f"no implementation of {op} can serve this set-up ({'; '.join(reasons)})")

@@ -78,8 +78,12 @@ def retention_of(policy: Policy, base: tuple[RetentionPolicy, ...]) -> tuple[Ret
     for layer, index in owners.items():
         rule = policy.layers[index]
         if rule.frees and rule.window is not None:
+            # What a window layer writes for a generated token comes from hidden states that the
+            # sparse layers before it made: it serves other prompts no more than theirs does.
             window = rule.window
-            retained[layer] = SinkWindowRetention(window.sink_tokens, window.window_tokens)
+            retained[layer] = SinkWindowRetention(
+                window.sink_tokens, window.window_tokens, base[layer].caches_generated
+            )
     return tuple(retained)
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from attn_backends.adapter.counters import RATIO, ROWS
+from attn_backends.adapter.counters import ROWS
 from vllm_ext.errors import UserError
 
 KV_USE = "vllm:kv_cache_usage_perc"
@@ -96,13 +96,22 @@ class Figures:
         totals: counters by name, summed.
         kv_use: share of the KV pool in use, the highest engine's; None when not exported.
         rows: decode rows by "path reason", since the start.
-        activation_ratio: the gauge, the lowest engine's; None where the extension is off.
     """
 
     totals: dict[str, float] = field(default_factory=dict)
     kv_use: float | None = None
     rows: dict[str, float] = field(default_factory=dict)
-    activation_ratio: float | None = None
+
+    @property
+    def activation_ratio(self) -> float | None:
+        """Share of the decode rows that were sparse; None where there are none of ours."""
+        return _sparse_share(self.rows)
+
+
+def _sparse_share(rows: dict[str, float]) -> float | None:
+    num_rows = sum(rows.values())
+    num_sparse = sum(value for key, value in rows.items() if key.startswith("sparse "))
+    return num_sparse / num_rows if num_rows else None
 
 
 def read_figures(text: str) -> Figures:
@@ -113,9 +122,6 @@ def read_figures(text: str) -> Figures:
             name = canonical_name(sample.name)
             if name == KV_USE:
                 figures.kv_use = max(figures.kv_use or 0.0, sample.value)
-            elif name == RATIO:
-                lowest = figures.activation_ratio
-                figures.activation_ratio = min(1.0 if lowest is None else lowest, sample.value)
             elif name == ROWS + "_total":
                 key = f"{sample.labels['path']} {sample.labels['reason']}"
                 figures.rows[key] = figures.rows.get(key, 0.0) + sample.value
@@ -142,12 +148,10 @@ def difference(before: Figures, after: Figures, peak_kv_use: float | None) -> di
 
     Returns:
         None for what the server does not export. ``activation_ratio`` is that of the cell's
-        own rows; ``activation_ratio_since_start`` is the server's gauge.
+        own rows.
     """
     grown = {key: value - before.rows.get(key, 0.0) for key, value in after.rows.items()}
     rows = {key: value for key, value in grown.items() if value}
-    num_rows = sum(rows.values())
-    num_sparse = sum(value for key, value in rows.items() if key.startswith("sparse "))
 
     def delta(name: str) -> float | None:
         return after.totals[name] - before.totals.get(name, 0.0) if name in after.totals else None
@@ -158,7 +162,7 @@ def difference(before: Figures, after: Figures, peak_kv_use: float | None) -> di
         "prefix_hit_share": hits / queries if hits is not None and queries else None,
         "preemptions": delta(PREEMPTIONS),
         "decode_rows": rows,
-        "activation_ratio": num_sparse / num_rows if num_rows else None,
+        "activation_ratio": _sparse_share(rows),
         "activation_ratio_since_start": after.activation_ratio,
     }
 

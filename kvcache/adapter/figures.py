@@ -26,32 +26,40 @@ def metrics_folder() -> Path | None:
 
 
 class FigureFiles:
-    """Memory-mapped counters and gauges of one process; a write is a handful of bytes."""
+    """Memory-mapped counters and gauges of one process; a write is a handful of bytes.
+
+    Counters and histograms are added to, so that what this process counted before stays when
+    whoever counts (a metadata builder, a manager) is made anew.
+    """
 
     def __init__(self, folder: Path) -> None:
         pid = os.getpid()
         self._counters = MmapedDict(str(folder / f"counter_vllmext-{pid}.db"))
         self._histograms = MmapedDict(str(folder / f"histogram_vllmext-{pid}.db"))
         self._gauges = MmapedDict(str(folder / f"gauge_mostrecent_vllmext-{pid}.db"))
+        self._parts = MmapedDict(str(folder / f"gauge_livesum_vllmext-{pid}.db"))
 
-    def set_counter(self, name: str, text: str, labels: dict[str, str], total: float) -> None:
-        """Sets a counter to its total so far.
+    def add_to_counter(self, name: str, text: str, labels: dict[str, str], amount: float) -> None:
+        """Raises a counter.
 
         Args:
             name: without ``_total``.
             text: the help text.
             labels: by name.
-            total: never falls.
+            amount: 0 or more.
         """
-        key = _key(name, name + "_total", tuple(labels.items()), text)
-        self._counters.write_value(key, float(total), 0.0)
+        _add(self._counters, _key(name, name + "_total", tuple(labels.items()), text), amount)
 
     def set_gauge(self, name: str, text: str, labels: dict[str, str], value: float) -> None:
-        """Sets a gauge; ``MmapedDict`` chooses "mostrecent" ones by their time stamp."""
+        """Sets a gauge that no other process has under these labels; the last value counts."""
         key = _key(name, name, tuple(labels.items()), text)
         self._gauges.write_value(key, float(value), time.time())
 
-    def set_histogram(
+    def set_part(self, name: str, text: str, labels: dict[str, str], value: float) -> None:
+        """Sets this process's part of a gauge that is the sum over processes."""
+        self._parts.write_value(_key(name, name, tuple(labels.items()), text), float(value), 0.0)
+
+    def add_to_histogram(
         self,
         name: str,
         text: str,
@@ -59,22 +67,30 @@ class FigureFiles:
         counts: dict[float, int],
         total: float,
     ) -> None:
-        """Sets a histogram to what it counted so far.
+        """Adds observations to a histogram.
 
         Args:
             name: without a suffix.
             text: the help text.
             labels: by name.
-            counts: observations by the upper bound of their bucket, not cumulated; the last
+            counts: new observations by the upper bound of their bucket, not cumulated; the last
                 bound is infinite.
-            total: sum of all observations.
+            total: sum of the new observations.
         """
         for bound, count in counts.items():
             with_bound = (*labels.items(), ("le", floatToGoString(bound)))
-            key = _key(name, name + "_bucket", with_bound, text)
-            self._histograms.write_value(key, float(count), 0.0)
-        key = _key(name, name + "_sum", tuple(labels.items()), text)
-        self._histograms.write_value(key, total, 0.0)
+            _add(self._histograms, _key(name, name + "_bucket", with_bound, text), count)
+        _add(self._histograms, _key(name, name + "_sum", tuple(labels.items()), text), total)
+
+    def close(self) -> None:
+        """Closes the files; what they say stays."""
+        for values in (self._counters, self._histograms, self._gauges, self._parts):
+            values.close()
+
+
+def _add(values: MmapedDict, key: str, amount: float) -> None:
+    before, _ = values.read_value(key)
+    values.write_value(key, before + amount, 0.0)
 
 
 @cache

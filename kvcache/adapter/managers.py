@@ -9,9 +9,9 @@ requests.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
@@ -29,7 +29,22 @@ if TYPE_CHECKING:
 FREED = ("vllm_ext:kv_blocks_freed", "KV blocks returned to the pool by retention policies.")
 EVICTED = ("vllm_ext:kv_tokens_evicted", "Tokens whose keys and values were evicted, per group.")
 HELD = ("vllm_ext:kv_blocks_held", "KV blocks that requests hold under a retention policy.")
-_HELD_INTERVAL_S = 1.0
+
+
+class PromptEnds:
+    """Where requests' own prompts end, for managers that keep what is generated out of the cache.
+
+    vLLM's number of prompt tokens does not say it for streaming-input sessions: when a chunk
+    arrives, it turns what was generated before into prompt. A request is known from its first
+    chunk on, through preemptions, until it is gone.
+    """
+
+    def __init__(self) -> None:
+        self._by_request: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+
+    def cacheable_tokens(self, request: Request, num_tokens: int) -> int:
+        """Tokens, of the first ``num_tokens``, that nothing generated stands before."""
+        return min(num_tokens, self._by_request.setdefault(request, request.num_prompt_tokens))
 
 
 class SinkWindowManager(SlidingWindowManager):
@@ -40,24 +55,44 @@ class SinkWindowManager(SlidingWindowManager):
     def __init__(self, kv_cache_spec: SinkWindowSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._policy = kv_cache_spec.policy
+        self._prompt_ends = PromptEnds()
         self.num_freed_blocks = 0  # since the start, while their requests went on
-        self._held_written_at = 0.0
+        self.num_held_blocks = 0  # by requests, now; shared ones counted for each
         group = str(self.kv_cache_group_id)
         self._labels = {"group": group, "policy": self._policy.identity}
 
-    def num_held_blocks(self) -> int:
-        """Blocks that requests hold now, shared ones counted for each."""
-        return sum(not block.is_null for blocks in self.req_to_blocks.values() for block in blocks)
-
     def new_step_starts(self) -> None:
-        """vLLM's hook before every step: shows, now and then, what is held."""
+        """vLLM's hook before every step: shows what is held."""
         super().new_step_starts()
-        now = time.monotonic()
-        if now - self._held_written_at < _HELD_INTERVAL_S:
-            return
-        self._held_written_at = now
+        self._show_held()
+
+    def _show_held(self) -> None:
         if (files := figure_files()) is not None:
-            files.set_gauge(*HELD, self._labels, self.num_held_blocks())
+            files.set_part(*HELD, self._labels, self.num_held_blocks)
+
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; gaps of a prefix hit are not held."""
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        self.num_held_blocks += _live(self.req_to_blocks[request_id])
+
+    def allocate_new_blocks(self, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
+        """vLLM's, counted."""
+        blocks: list[KVCacheBlock] = super().allocate_new_blocks(*args, **kwargs)
+        self.num_held_blocks += len(blocks)
+        return blocks
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """vLLM's; no step may follow an engine's last request, so what is held is shown here."""
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        self.num_held_blocks -= _live(blocks)
+        self._show_held()
+        return blocks
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; up to the end of the prompt where the spec says so."""
+        if self.kv_cache_spec.caches_prompts_only:
+            num_tokens = self._prompt_ends.cacheable_tokens(request, num_tokens)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """0: no *head* of a request is ever skipped, its sinks stay.
@@ -83,7 +118,7 @@ class SinkWindowManager(SlidingWindowManager):
         if not kwargs.get("apply_admission_cap") or cap is None:
             return int(needed)
         missing = -(-num_tokens // self.block_size) - len(new_computed_blocks)
-        live = sum(not block.is_null for block in new_computed_blocks)
+        live = _live(new_computed_blocks)
         evictable = self._get_num_evictable_blocks(new_computed_blocks)
         return max(int(needed), min(missing, cap - live) + evictable)
 
@@ -97,8 +132,13 @@ class SinkWindowManager(SlidingWindowManager):
         gap = self._policy.evictable(processed_computed_tokens, self.block_size)
         if not len(gap) or request_id not in self.req_to_blocks:
             return
+        blocks = self.req_to_blocks[request_id]
+        first = min(gap.last, len(blocks))  # what was removed before ends in a null block
+        while first > gap.first and not blocks[first - 1].is_null:
+            first -= 1
         free_before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, gap.first, gap.last)
+        self.num_held_blocks -= max(0, min(gap.last, len(blocks)) - first)
         freed = self.block_pool.get_num_free_blocks() - free_before
         if freed:
             self._count(freed)
@@ -106,9 +146,8 @@ class SinkWindowManager(SlidingWindowManager):
     def _count(self, freed_blocks: int) -> None:
         self.num_freed_blocks += freed_blocks
         if (files := figure_files()) is not None:
-            evicted_tokens = self.num_freed_blocks * self.block_size
-            files.set_counter(*FREED, self._labels, self.num_freed_blocks)
-            files.set_counter(*EVICTED, self._labels, evicted_tokens)
+            files.add_to_counter(*FREED, self._labels, freed_blocks)
+            files.add_to_counter(*EVICTED, self._labels, freed_blocks * self.block_size)
 
     @classmethod
     def find_longest_cache_hit(  # type: ignore[override]
@@ -156,12 +195,21 @@ class SinkWindowManager(SlidingWindowManager):
         return None
 
 
+def _live(blocks: Sequence[KVCacheBlock]) -> int:
+    return sum(not block.is_null for block in blocks)
+
+
 class PromptCachedManager(FullAttentionManager):
     """Full attention whose generated blocks stay out of the prefix cache."""
 
+    def __init__(self, kv_cache_spec: PromptCachedSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._prompt_ends = PromptEnds()
+
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """vLLM's, up to the end of the prompt."""
-        super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **kwargs)
+        num_tokens = self._prompt_ends.cacheable_tokens(request, num_tokens)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 
 def register() -> None:

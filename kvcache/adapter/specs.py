@@ -25,11 +25,14 @@ class SinkWindowSpec(SlidingWindowSpec):
     """
 
     sink_tokens: int = 0
+    caches_prompts_only: bool = False  # see ``PromptCachedSpec``
 
     @property
     def policy(self) -> SinkWindowRetention:
         """The arithmetic behind the spec."""
-        return SinkWindowRetention(self.sink_tokens, self.sliding_window)
+        return SinkWindowRetention(
+            self.sink_tokens, self.sliding_window, not self.caches_prompts_only
+        )
 
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
@@ -71,8 +74,12 @@ def with_retention(spec: AttentionSpec, policy: RetentionPolicy) -> AttentionSpe
         field.name: getattr(spec, field.name) for field in fields(AttentionSpec) if field.init
     }
     if isinstance(policy, SinkWindowRetention):
-        window, sinks = policy.window_tokens, policy.sink_tokens
-        return SinkWindowSpec(**shared, sliding_window=window, sink_tokens=sinks)
+        return SinkWindowSpec(
+            **shared,
+            sliding_window=policy.window_tokens,
+            sink_tokens=policy.sink_tokens,
+            caches_prompts_only=not policy.caches_generated,
+        )
     if isinstance(policy, KeepAll):
         return spec if policy.caches_generated else PromptCachedSpec(**shared)
     raise TypeError(f"no KV cache spec for {policy}")

@@ -97,6 +97,27 @@ def test_each_unsupported_combination_is_named(change: dict[str, Any], words: st
     assert words in reasons[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_refused"),
+    [
+        ({"use_sliding_window": True, "max_window_layers": 4}, False),  # the last: no layer slides
+        ({"use_sliding_window": True, "max_window_layers": 2}, True),
+        ({"use_sliding_window": True, "max_window_layers": 0}, True),
+        ({"use_sliding_window": False, "max_window_layers": 2}, False),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 4}, False),
+    ],
+)
+def test_the_layer_types_say_whether_a_model_has_sliding_layers(
+    settings: dict[str, Any], is_refused: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(num_hidden_layers=4, sliding_window=128, **settings)
+    model = {"hf_text_config": config, "get_sliding_window": lambda: config.sliding_window}
+    reasons = unsupported_reasons(_vllm_config(model=model), "cpu")
+    wanted = ["sliding-window layers of the model itself (window 128)"]
+    assert reasons == (wanted if is_refused else [])
+
+
 def test_gpu_takes_blocks_of_16() -> None:
     assert unsupported_reasons(_vllm_config(cache={"block_size": 16}), "cuda") == []
 

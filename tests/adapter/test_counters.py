@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
-from attn_backends.adapter.counters import RowCounters
-from kvcache.adapter.figures import FOLDER_ENV
+from attn_backends.adapter.counters import AuditFigures, RowCounters
+from attn_backends.recall import RecallWatch
+from kvcache.adapter.figures import FOLDER_ENV, figure_files
 from vllm_ext.metrics import WorkerFigures, decode_rows
 
 WORKER = """
@@ -24,10 +27,12 @@ counters.add({("dense", "unsupported"): 2})
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(FOLDER_ENV, str(tmp_path))
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    return tmp_path
+    yield tmp_path
+    if (files := figure_files()) is not None:
+        files.close()
 
 
 def test_figures_of_two_worker_processes_add_up(folder: Path) -> None:
@@ -47,12 +52,88 @@ def test_figures_of_two_worker_processes_add_up(folder: Path) -> None:
     assert 'vllm_ext:activation_ratio{method="SINK_WINDOW"} 0.75' in text
 
 
+ENGINE = """
+import sys
+from attn_backends.adapter.counters import RowCounters
+from kvcache.adapter.figures import figure_files
+rows, held = int(sys.argv[2]), int(sys.argv[3])
+RowCounters("TIDAL_DECODE").add({(sys.argv[1], "any"): rows})
+figure_files().set_part("vllm_ext:kv_blocks_held", "Held.", {"group": "0"}, held)
+"""
+
+
+def test_gauges_are_of_all_engines(folder: Path) -> None:
+    for path, rows, held in (("sparse", 1000, 100), ("dense", 1, 7)):
+        argv = [sys.executable, "-c", ENGINE, path, str(rows), str(held)]
+        subprocess.run(argv, check=True, env=os.environ | {})
+    samples = {
+        sample.name: sample.value
+        for family in WorkerFigures(folder).collect()
+        for sample in family.samples
+    }
+    assert samples["vllm_ext:kv_blocks_held"] == 107
+    assert samples["vllm_ext:activation_ratio"] == 1000 / 1001
+
+
+def _watch(recall: float) -> RecallWatch:
+    watch = RecallWatch(0.5, 1, 64, 4, torch.device("cpu"))
+    for step in range(2):
+        watch.begin_step(step, ["a"])
+        watch.expect(["a"], [0])
+        watch.recall[:1].fill_(recall)
+    watch.begin_step(2, [])
+    return watch
+
+
+def test_counters_go_on_where_a_builder_is_made_anew(folder: Path) -> None:
+    totals: list[dict[str, float]] = []
+    for recall in (0.1, 0.9):
+        counters, audit = RowCounters("TIDAL_DECODE"), AuditFigures("TIDAL_DECODE")
+        counters.add({("sparse", "selected"): 3})
+        watch = _watch(recall)
+        for _ in range(2):  # the second time there is nothing new
+            counters.show_recall(watch)
+        audit.add([0.5], [True], 100)
+        samples = (s for f in WorkerFigures(folder).collect() for s in f.samples)
+        totals.append(
+            {f"{s.name} {s.labels}": s.value for s in samples if "_recall " not in s.name}
+        )
+    first, second = totals
+    assert any("kind" in name for name in first)
+    for name, value in second.items():
+        assert value >= first.get(name, 0.0), name
+    for name, before, after in (
+        ("decode_rows_total", 3, 6),
+        ("selection_recall_hist_count", 2, 4),
+        ("audit_kv_bytes_saved_total", 100, 200),
+    ):
+        (key,) = [
+            key
+            for key in second
+            if f":{name} " in key and "'own'" not in key and "'inherited'" not in key
+        ]
+        assert (first[key], second[key]) == (before, after)
+
+
+def test_bytes_saved_wait_for_those_that_were_read_twice(folder: Path) -> None:
+    audit = AuditFigures("TIDAL_DECODE")
+    shown = []
+    for saved_bytes in (-50, 20, 100, -10, 30):
+        audit.add([0.0], [True], saved_bytes)
+        (found,) = [
+            sample.value
+            for family in WorkerFigures(folder).collect()
+            for sample in family.samples
+            if sample.name == "vllm_ext:audit_kv_bytes_saved_total"
+        ]
+        shown.append(found)
+    assert shown == [0, 0, 70, 70, 90]
+
+
 def test_no_folder_means_no_export_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER_ENV, raising=False)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    counters = RowCounters("SPARSE_FULL")
-    counters.add({("sparse", "selected"): 1})
-    assert counters.activation_ratio == 1.0
+    RowCounters("SPARSE_FULL").add({("sparse", "selected"): 1})
     assert decode_rows() == {}
 
 

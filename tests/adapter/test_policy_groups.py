@@ -13,11 +13,11 @@ pytest.importorskip("vllm")
 
 from attn_backends.adapter.sharing import _SELECTORS, shared_selector
 from attn_backends.adapter.windows import WindowPlans
-from attn_backends.batch import PagedBatch
 from attn_backends.budget import BudgetConfig, BudgetSelector
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
 from attn_backends.plan import DecodePlan, LayerRole, LayerSchedule, Window
+from tests.batches import decode_batch
 from vllm_ext.platforms import selection
 
 CPU = torch.device("cpu")
@@ -54,19 +54,6 @@ def test_a_selector_goes_with_its_engine() -> None:
     assert len(_SELECTORS) < before
 
 
-def _batch(seq_lens: list[int]) -> PagedBatch:
-    rows = len(seq_lens)
-    return PagedBatch(
-        query_start_loc=torch.arange(rows + 1, dtype=torch.int32),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-        block_table=torch.zeros(rows, 32, dtype=torch.int32),
-        num_reqs=rows,
-        num_tokens=rows,
-        max_query_len=1,
-        max_seq_len=max(seq_lens),
-    )
-
-
 def _plan(**parts: Any) -> DecodePlan:
     """Whatever else a plan has, in other versions of it, is none of the windows' business."""
     from dataclasses import fields
@@ -78,7 +65,7 @@ def _plan(**parts: Any) -> DecodePlan:
 def test_layers_with_a_window_get_the_rows_through_it() -> None:
     wide, narrow = Window(32, 256), Window(0, 32)
     windows = WindowPlans({"a": wide, "b": narrow, "c": wide}, GEOMETRY, CPU)
-    decode, prefill = _batch([1000, 100]), _batch([500])
+    decode, prefill = decode_batch([1000, 100]), decode_batch([500])
     roles = {"a": LayerRole.SELECTED}
     plans = windows.of_step(_plan(decode=decode, prefill=prefill, roles=roles))
     assert set(plans) == {"a", "b", "c"}
@@ -106,9 +93,9 @@ def test_layers_with_a_window_get_the_rows_through_it() -> None:
 
 def test_without_rows_or_windows_there_is_nothing_to_plan() -> None:
     windows = WindowPlans({"a": Window(0, 32)}, GEOMETRY, CPU)
-    plan = windows.of_step(_plan(decode=_batch([64])))["a"]
+    plan = windows.of_step(_plan(decode=decode_batch([64])))["a"]
     assert plan.prefill_rule is None
-    assert WindowPlans({}, GEOMETRY, CPU).of_step(_plan(decode=_batch([64]))) == {}
+    assert WindowPlans({}, GEOMETRY, CPU).of_step(_plan(decode=decode_batch([64]))) == {}
 
 
 def test_off_is_refused_where_a_window_holds_for_everyone(monkeypatch: Any) -> None:
@@ -130,3 +117,15 @@ def test_off_is_refused_where_a_window_holds_for_everyone(monkeypatch: Any) -> N
         selection.check_request({"sparse": "off"}, "cpu")
     served["schedule"] = LayerSchedule((LayerRole.DENSE,))
     selection.check_request({"sparse": "off"}, "cpu")
+
+
+def test_options_are_refused_where_no_method_is_known(monkeypatch: Any) -> None:
+    """A configuration that came from another process was never prepared in this one."""
+    from vllm.exceptions import VLLMValidationError
+
+    monkeypatch.setattr(selection, "_active", {})
+    selection.check_request({"kv_transfer_params": {}}, "cpu")
+    selection.check_request(None, "cpu")
+    for extra_args in ({"sparse": ["x"]}, {"budget_tokens": "abc"}, {"sparse": "off"}):
+        with pytest.raises(VLLMValidationError, match="knows of no method"):
+            selection.check_request(extra_args, "cpu")

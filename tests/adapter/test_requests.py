@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("vllm")
+
+from vllm import SamplingParams
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+from vllm.sampling_params import BeamSearchParams
 
 from attn_backends.adapter.requests import RequestBook, parse_options
 from attn_backends.batch import RowOptions
@@ -60,7 +68,7 @@ def test_methods_without_options_refuse_them() -> None:
 
 def _step(new: dict[str, Any] | None = None, finished: tuple[str, ...] = ()) -> Any:
     requests = [
-        SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=extra))
+        SimpleNamespace(req_id=name, sampling_params=SamplingParams(extra_args=extra))
         for name, extra in (new or {}).items()
     ]
     return SimpleNamespace(finished_req_ids=set(finished), scheduled_new_reqs=requests)
@@ -79,6 +87,68 @@ def test_the_book_follows_requests_through_reordering_and_the_end() -> None:
     assert book.of_rows(2) == {0: RowOptions(budget_tokens=128)}
     book.update(_step({"b": None}, finished=("b",)))  # an id may come back as another request
     assert book.of_rows(2) == {}
+
+
+def test_the_options_of_a_sessions_later_chunk_are_its_own() -> None:
+    book = RequestBook()
+    book.row_ids = lambda: ["a"]
+    book.update(_step({"a": {"budget_tokens": 128}}))
+    book.update(_step({"a": {"sparse": "off"}}))
+    assert book.of_rows(1) == {0: RowOptions(is_dense=True)}
+    book.update(_step({"a": None}))
+    assert book.of_rows(1) == {}
+
+
+def test_every_builder_learns_that_requests_ended() -> None:
+    book = RequestBook()
+    first, second = book.ended_requests(), book.ended_requests()
+    book.update(_step(finished=("a",)))
+    assert first.take() == ["a"]
+    book.update(_step(finished=("b",)))
+    assert (first.take(), second.take()) == (["b"], ["a", "b"])
+    assert second.take() == []
+    del second
+    gc.collect()
+    assert len(book._readers) == 1  # an engine that is gone leaves nothing to fill
+
+
+def test_steps_of_a_beam_search_are_counted_as_vllm_asks_for_them() -> None:
+    """Front ends are recorded: what they ask the engine for is what the book must know."""
+    asked: list[Any] = []
+
+    class Engine:
+        input_processor = SimpleNamespace(resolve_watermarking=lambda params: None)
+
+        def generate(self, prompt: Any, params: Any, request_id: str, **kwargs: Any) -> Any:
+            asked.append(params)
+            raise RuntimeError("asked")
+
+    class FrontEnd(BeamSearchOnlineMixin):
+        renderer = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(eos_token_id=2))  # type: ignore[assignment]
+        engine_client = Engine()  # type: ignore[assignment]
+
+    async def ask() -> None:
+        prompt: Any = {"type": "token", "prompt_token_ids": [1, 2, 3]}
+        params = BeamSearchParams(beam_width=2, max_tokens=4)
+        async for _ in FrontEnd().beam_search(prompt, "r", params):
+            pass
+
+    with pytest.raises(RuntimeError, match="asked"):
+        asyncio.run(ask())
+    book = RequestBook()
+    others = [
+        SamplingParams(max_tokens=1),
+        SamplingParams(max_tokens=1, logprobs=4),
+        SamplingParams(max_tokens=1, detokenize=False),
+        SamplingParams(max_tokens=8, logprobs=4, detokenize=False),
+    ]
+    requests = [SimpleNamespace(req_id=str(i), sampling_params=p) for i, p in enumerate(others)]
+    requests += [SimpleNamespace(req_id="pooling", sampling_params=None)]
+    book.update(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=requests))  # type: ignore[arg-type]
+    assert book.take_beam_steps() == 0
+    requests = [SimpleNamespace(req_id="beam", sampling_params=asked[0])]
+    book.update(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=requests))  # type: ignore[arg-type]
+    assert (book.take_beam_steps(), book.take_beam_steps()) == (1, 0)
 
 
 def test_presets_of_the_server_are_known_to_front_end_and_worker() -> None:

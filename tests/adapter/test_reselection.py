@@ -22,6 +22,7 @@ from attn_backends.methods.tidal_decode import METHOD, TidalConfig
 from attn_backends.ops.dispatch import OpContext
 from attn_backends.plan import DecodePlan, KeptRows, LayerRole, RowSubset
 from kvcache.layout import PagedKVLayout, kv_views
+from tests.batches import decode_batch
 from vllm_ext.platforms import selection
 
 ROWS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, BLOCKS = 3, 2, 4, 32, 32, 12
@@ -32,15 +33,7 @@ CPU = torch.device("cpu")
 
 def _batch(seq_lens: list[int]) -> PagedBatch:
     table = torch.arange(ROWS * BLOCKS, dtype=torch.int32).view(ROWS, BLOCKS)
-    return PagedBatch(
-        query_start_loc=torch.arange(ROWS + 1, dtype=torch.int32),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-        block_table=table,
-        num_reqs=ROWS,
-        num_tokens=ROWS,
-        max_query_len=1,
-        max_seq_len=max(seq_lens),
-    )
+    return decode_batch(seq_lens, table)
 
 
 class _Layer:
@@ -143,7 +136,7 @@ def test_the_builder_tells_due_rows_by_request(monkeypatch: pytest.MonkeyPatch) 
     geometry = Geometry(3, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, ROWS, BLOCKS * BLOCK)
     config = TidalConfig(reselect_steps=8, min_context_tokens=0, recall_floor=0.5)
     builder: Any = object.__new__(ExtMetadataBuilder)
-    builder._counters = None
+    builder._counters, builder._ended = None, BOOK.ended_requests()
     builder._selector = METHOD.make_selector(config, geometry, CPU)
     builder._selector.keeper.add_layer(LAYER)
     ids = ["a", "b", "c"]
@@ -170,7 +163,7 @@ def test_the_builder_tells_due_rows_by_request(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_intervals_that_cannot_be_honoured_are_refused() -> None:
-    with pytest.raises(ConfigError, match="reselect_steps is 0; at least 1"):
+    with pytest.raises(ConfigError, match="reselect_steps is 0; it must be between 1"):
         TidalConfig(reselect_steps=0)
     with pytest.raises(ConfigError, match=r"reselect_steps is 4, but anchors .* to selected"):
         TidalConfig(reselect_steps=4, anchor_attention="full")

@@ -134,3 +134,22 @@ def test_freeing_in_mixed_groups_changes_no_answer(
     assert sum(count > 0 for count in answer["freed_blocks"]) == 2
     # Five builders see every row, and one counts it.
     assert sum(answer["rows"].values()) == 2 * len(LENGTHS) * (NEW_TOKENS - 1)
+
+
+def test_what_a_window_layer_generated_serves_no_other_prompt(
+    model_path: str, prompts: list[list[int]]
+) -> None:
+    """A generates after a prompt, B's prompt is both, C's begins like B's: A must not show."""
+    engine = _engine(model_path, {"policy": _windowed("sink_window")})
+    prompt = next(prompt for prompt in prompts if len(prompt) == 1300)
+    generate = {"prompts": [prompt], "together": False, "max_tokens": 257}
+    generated = run_engine(engine, [generate])["jobs"][0][0]["tokens"]
+    both = prompt + generated
+    later = [
+        {"prompts": [tokens], "together": False, "max_tokens": 1}
+        for tokens in (both, both + prompt[:7])
+    ]
+    found = run_engine(engine, [generate, *later])["jobs"][-1][0]
+    expected = run_engine(engine, later)["jobs"][-1][0]
+    assert found["tokens"] == expected["tokens"]
+    assert abs(found["logprobs"][0] - expected["logprobs"][0]) < 1e-3

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from attn_backends.batch import PagedBatch, RowOptions
+from attn_backends.batch import RowOptions
 from attn_backends.config import ConfigError, parse_config
 from attn_backends.method import Geometry
 from attn_backends.methods.sink_window import SinkWindowConfig
@@ -19,6 +19,7 @@ from attn_backends.policy.composition import compose, retention_of
 from attn_backends.policy.model import NO_POLICY, PolicyError
 from attn_backends.policy.reading import parse_policy
 from kvcache.retention import KeepAll, SinkWindowRetention
+from tests.batches import decode_batch
 
 DENSE, ANCHOR, REUSE = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE
 SELECTED = LayerRole.SELECTED
@@ -162,7 +163,8 @@ def test_roles_head_maps_windows_and_retention_follow_the_policy() -> None:
     assert composed.schedule.head_maps == {2: (1, 0)}
     assert composed.unmapped_layers == (5,)
     keep = KeepAll(caches_generated=False)
-    assert retention_of(policy, (keep,) * 6) == (SinkWindowRetention(8, 64), *(keep,) * 5)
+    window = SinkWindowRetention(8, 64, caches_generated=False)
+    assert retention_of(policy, (keep,) * 6) == (window, *(keep,) * 5)
 
 
 def test_a_layer_that_was_no_reuse_layer_has_no_calibrated_map() -> None:
@@ -208,19 +210,6 @@ def test_the_warning_about_head_maps_names_the_layers(
     assert caplog.text.count("layers [4, 5] follow another anchor") == 1
 
 
-def _batch(seq_lens: list[int]) -> PagedBatch:
-    rows = len(seq_lens)
-    return PagedBatch(
-        query_start_loc=torch.arange(rows + 1, dtype=torch.int32),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-        block_table=torch.zeros(rows, 256, dtype=torch.int32),
-        num_reqs=rows,
-        num_tokens=rows,
-        max_query_len=1,
-        max_seq_len=max(seq_lens),
-    )
-
-
 LENGTHS = [1, 1000, 1001, 1024, 1500, 1501, 2000, 2047, 3000, 3001, 3999, 4000, 4001, 6000, 8192]
 OPTIONS = [
     RowOptions(),
@@ -258,7 +247,7 @@ def test_budgets_by_length_equal_a_plain_reading(asked: RowOptions, fraction: fl
     config = _config(settings=settings, budgets=TIERS)
     selector = TidalSelector(config, GEOMETRY, torch.device("cpu"))
     options = {} if asked == RowOptions() else dict.fromkeys(range(len(LENGTHS)), asked)
-    anchor = selector.anchor_state(_batch(LENGTHS), options)
+    anchor = selector.anchor_state(decode_batch(LENGTHS), options)
     assert anchor is not None
     expected = [_plain_budget_blocks(seq_len, asked, fraction) for seq_len in LENGTHS]
     assert anchor.budget_blocks.tolist() == expected

@@ -45,14 +45,13 @@ def test_every_family_follows_with_name_help_and_labels(tmp_path: Path) -> None:
     exporter.update()
     assert instruments.made == []  # nothing is known before the workers write
     labels = {"method": "NEW", "path": "sparse"}
-    files.set_counter("vllm_ext:new_things", "Things.", labels, 5)
+    files.add_to_counter("vllm_ext:new_things", "Things.", labels, 5)
     files.set_gauge("vllm_ext:new_level", "A level.", {"method": "NEW"}, 0.5)
     exporter.update()
-    files.set_counter("vllm_ext:new_things", "Things.", labels, 7)
+    files.add_to_counter("vllm_ext:new_things", "Things.", labels, 2)
     exporter.update()
     exporter.update()
-    files._counters.close()
-    files._gauges.close()
+    files.close()
     assert sorted(instruments.made) == [
         ("counter", "vllm_ext_new_things", "Things.", ("method", "path", "ReplicaId")),
         ("gauge", "vllm_ext_new_level", "A level.", ("method", "ReplicaId")),

@@ -14,3 +14,8 @@ _base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cp
 
 class ExtCpuPlatform(ExtPlatformMixin, _base):  # type: ignore[misc]
     """vLLM on CPU, with our attention backends selectable."""
+
+    @classmethod
+    def get_punica_wrapper(cls) -> str:
+        """vLLM's hook: what multiplies by adapters, mended."""
+        return "attn_backends.adapter.compat_lora.ExtPunicaWrapperCPU"

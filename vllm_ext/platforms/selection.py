@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from attn_backends.adapter.checks import check_method, refuse, unsupported_reasons
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
-from attn_backends.adapter.requests import parse_options
+from attn_backends.adapter.requests import KEYS, parse_options
 from attn_backends.budget import BudgetConfig
 from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.methods import load_method
@@ -23,6 +24,7 @@ WORKERS = {  # vLLM's, and ours by its path: its module imports the platform tha
     "cpu": ("vllm.v1.worker.cpu_worker.CPUWorker", "attn_backends.adapter.worker.ExtCPUWorker"),
     "cuda": ("vllm.v1.worker.gpu_worker.Worker", "attn_backends.adapter.worker.ExtGPUWorker"),
 }
+RUST_FRONTEND_ENV = "VLLM_USE_RUST_FRONTEND"
 _active: dict[str, Any] = {}  # what this front-end process serves, for checks of requests
 
 CPU_BLOCK_TOKENS = 32  # selection is by block: small blocks keep what is read close to the budget
@@ -44,6 +46,8 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
     if device_type == "cpu" and not cache.user_specified_block_size:
         cache.block_size = CPU_BLOCK_TOKENS
     reasons = unsupported_reasons(vllm_config, device_type)
+    if os.environ.get(RUST_FRONTEND_ENV, "0") not in ("", "0"):
+        reasons.append(f"{RUST_FRONTEND_ENV} (that front end does not check vllm_xargs)")
     worker_cls = vllm_config.parallel_config.worker_cls
     if worker_cls not in WORKERS[device_type]:
         reasons.append(f"--worker-cls {worker_cls} (ours frees KV blocks and reads options)")
@@ -91,6 +95,19 @@ def _check_watching(config: MethodConfig, device_type: str, num_workers: int) ->
         )
 
 
+def _refuse_unserved(extra_args: Mapping[str, Any] | None) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    asked = [key for key in KEYS if key in (extra_args or {})]
+    if asked:
+        raise VLLMValidationError(
+            f"vllm_xargs has {', '.join(asked)}, but this front end knows of no method of "
+            "vllm-ext: --attention-backend names none, or the configuration was made in another "
+            "process; drop them",
+            parameter="vllm_xargs",
+        )
+
+
 def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> None:
     """Refuses per-request options that would not be honoured.
 
@@ -100,6 +117,7 @@ def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> Non
     from vllm.exceptions import VLLMValidationError
 
     if not _active:
+        _refuse_unserved(extra_args)
         return
     config = _active["config"]
     forced_tokens = getattr(config, "sink_tokens", 0) + getattr(config, "recent_tokens", 0)
