@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from pathlib import Path
 
 from attn_backends.config import settings_of
 from attn_backends.methods import REGISTRY, load_method
+from vllm_ext.errors import UserError
+
+MARKERS = ("<!-- methods -->", "<!-- end of methods -->")  # where --write puts the table
 
 
 def settings_text(name: str) -> str:
@@ -35,10 +39,50 @@ def table() -> str:
     return "\n".join(lines).rstrip()
 
 
+def markdown() -> str:
+    """All methods as the table of the README, a row each."""
+    lines = [
+        "| `--attention-backend` | what it does | reads | frees | limits |",
+        "|---|---|---|---|---|",
+    ]
+    for name in REGISTRY:
+        method = load_method(name)
+        limits = method.capabilities
+        cells = (f"`{name}`", method.summary, limits.reads, limits.frees, limits.limits)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """A page with the table of today between its two markers.
+
+    Raises:
+        UserError: it has no such markers.
+    """
+    before, start, rest = text.partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not end:
+        raise UserError(f"the file has no lines {' and '.join(MARKERS)} to put the table between")
+    return f"{before}{start}\n\n{markdown()}\n\n{end}{after}"
+
+
 def main(argv: list[str]) -> int:
-    """Prints the table."""
-    argparse.ArgumentParser(
+    """Prints the table, or writes it into a page.
+
+    Raises:
+        UserError: the page is not there, or has no place for the table.
+    """
+    parser = argparse.ArgumentParser(
         prog="vllm-ext methods", description="Methods for --attention-backend."
-    ).parse_args(argv)
-    print(table())
+    )
+    parser.add_argument("--markdown", action="store_true", help="one row per method, as Markdown")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put that table into README.md")
+    args = parser.parse_args(argv)
+    if args.write is None:
+        print(markdown() if args.markdown else table())
+        return 0
+    try:
+        args.write.write_text(with_table(args.write.read_text()))
+    except OSError as error:
+        raise UserError(f"--write {args.write}: {error.strerror}") from None
     return 0
