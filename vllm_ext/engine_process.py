@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attn_backends.profile import read_model_config
 from vllm_ext.errors import UserError
 
 _MARK = "@@vllm-ext "
@@ -40,7 +41,7 @@ def kv_token_bytes(model: str, dtype: str) -> int:
         model: folder with ``config.json``.
         dtype: of ``DTYPES``; ``auto`` is taken for 16 bit.
     """
-    config = json.loads(Path(model, "config.json").read_text())
+    config = read_model_config(Path(model))
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     element_bytes = 4 if dtype == "float32" else 2

@@ -52,6 +52,8 @@ def test_metrics_count_the_rows(server: Server, model_path: str) -> None:
     selected = next(line for line in lines if 'reason="selected"' in line)
     assert float(selected.split()[-1]) >= 7
     assert 'vllm_ext:activation_ratio{method="SINK_WINDOW"} 1.0' in lines
+    held = [line for line in lines if line.startswith("vllm_ext:kv_blocks_held{")]
+    assert [line.split()[-1] for line in held] == ["0.0"]  # an idle server holds nothing
 
 
 def test_the_api_key_is_enforced(server: Server, model_path: str) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from attn_backends.batch import PagedBatch, RowOptions
+from attn_backends.batch import RowOptions
 from attn_backends.method import Geometry
 from attn_backends.methods import load_method
+from tests.batches import decode_batch
 
 CPU = torch.device("cpu")
 TIDAL = load_method("TIDAL_DECODE")
@@ -23,20 +24,10 @@ def _labels_and_budgets(
     geometry = Geometry(6, 2, 4, 64, BLOCK, 16, 8192)
     config = TIDAL.config_cls(**TIDAL.config_cls.compose(settings))
     selector = TIDAL.make_selector(config, geometry, CPU)
-    lengths = torch.tensor(seq_lens, dtype=torch.int32)
-    rows = len(seq_lens)
-    batch = PagedBatch(
-        query_start_loc=torch.arange(rows + 1, dtype=torch.int32),
-        seq_lens=lengths,
-        block_table=torch.zeros(rows, 256, dtype=torch.int32),
-        num_reqs=rows,
-        num_tokens=rows,
-        max_query_len=1,
-        max_seq_len=max(seq_lens),
-    )
+    batch = decode_batch(seq_lens)
     state = selector.anchor_state(batch, options)
     assert state is not None
-    return selector.row_reasons(lengths, options), state.budget_blocks.tolist()
+    return selector.row_reasons(batch.seq_lens, options), state.budget_blocks.tolist()
 
 
 @pytest.mark.parametrize("seq_len", [2080, 2112, 2113])

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_backends.batch import PagedBatch
 from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import Geometry
 from attn_backends.methods.sink_window import SinkWindowConfig, SinkWindowSelector
 from attn_backends.methods.sparse_full import FullSelector
+from tests.batches import decode_batch
 
 CPU = torch.device("cpu")
 
@@ -28,19 +28,6 @@ def _geometry(block_size: int) -> Geometry:
     )
 
 
-def _batch(seq_lens: list[int]) -> PagedBatch:
-    num_reqs = len(seq_lens)
-    return PagedBatch(
-        query_start_loc=torch.arange(num_reqs + 1, dtype=torch.int32),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-        block_table=torch.zeros(num_reqs, 256, dtype=torch.int32),
-        num_reqs=num_reqs,
-        num_tokens=num_reqs,
-        max_query_len=1,
-        max_seq_len=max(seq_lens),
-    )
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     seq_lens=st.lists(st.integers(1, 4096), min_size=1, max_size=8),
@@ -53,12 +40,11 @@ def test_sink_window_selects_exactly_the_blocks_with_visible_tokens(
 ) -> None:
     config = SinkWindowConfig(sink_tokens=sink_tokens, window_tokens=window_tokens)
     selector = SinkWindowSelector(config, _geometry(block_size), CPU)
-    selection = selector.select(_batch(seq_lens))
+    selection = selector.select(decode_batch(seq_lens))
     for row, seq_len in enumerate(seq_lens):
         last = seq_len - 1
         tokens = [t for t in range(seq_len) if t < sink_tokens or t > last - window_tokens]
-        # A block that the window only touches with tokens it hides may be read, not more:
-        # sinks and window are contiguous, so visible tokens name the blocks exactly.
+        # Not one block more than those with a visible token.
         expected = sorted({t // block_size for t in tokens})
         for head in range(2):
             count = int(selection.counts[row, head])
@@ -70,8 +56,8 @@ def test_sink_window_selects_exactly_the_blocks_with_visible_tokens(
 def test_a_short_row_after_a_long_one_leaves_no_trace() -> None:
     config = SinkWindowConfig(sink_tokens=64, window_tokens=256)
     selector = SinkWindowSelector(config, _geometry(32), CPU)
-    selector.select(_batch([4000, 4000]))
-    selection = selector.select(_batch([40]))
+    selector.select(decode_batch([4000, 4000]))
+    selection = selector.select(decode_batch([40]))
     assert selection.logical_blocks[0, 0].tolist()[:3] == [0, 1, -1]
     assert selection.counts[0].tolist() == [2, 2]
 
@@ -90,7 +76,8 @@ def test_reasons_tell_saved_rows_from_short_ones() -> None:
 
 
 def test_full_selects_every_block() -> None:
-    selection = FullSelector(MethodConfig(), _geometry(32), CPU).select(_batch([1, 32, 33, 4096]))
+    selector = FullSelector(MethodConfig(), _geometry(32), CPU)
+    selection = selector.select(decode_batch([1, 32, 33, 4096]))
     assert selection.counts[:, 0].tolist() == [1, 1, 2, 128]
     assert selection.logical_blocks[3, 1].tolist() == list(range(128))
     assert selection.logical_blocks[2, 0, :3].tolist() == [0, 1, -1]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from attn_backends.batch import PagedBatch, RowOptions
+from attn_backends.batch import RowOptions
 from attn_backends.budget import BudgetSelector
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
@@ -17,7 +17,8 @@ from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
 from attn_backends.methods.sink_window import SinkWindowConfig
 from attn_backends.methods.tidal_decode import METHOD, TidalConfig
 from attn_backends.plan import LayerRole, LayerSchedule
-from attn_backends.profile import Profile, fingerprint, load_profile, shipped_profile
+from attn_backends.profile import fingerprint, load_profile, shipped_profile
+from tests.batches import decode_batch
 
 GEOMETRY = Geometry(
     num_layers=6,
@@ -154,22 +155,9 @@ def test_impossible_budgets_are_refused(settings: dict[str, Any], words: str) ->
         TidalConfig(**settings)
 
 
-def _batch(seq_lens: list[int]) -> PagedBatch:
-    rows = len(seq_lens)
-    return PagedBatch(
-        query_start_loc=torch.arange(rows + 1, dtype=torch.int32),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-        block_table=torch.zeros(rows, 128, dtype=torch.int32),
-        num_reqs=rows,
-        num_tokens=rows,
-        max_query_len=1,
-        max_seq_len=max(seq_lens),
-    )
-
-
 def _budgets(config: TidalConfig, seq_lens: list[int], options: dict[int, RowOptions]) -> list[int]:
     selector = BudgetSelector(config, GEOMETRY, torch.device("cpu"))
-    anchor = selector.anchor_state(_batch(seq_lens), options)
+    anchor = selector.anchor_state(decode_batch(seq_lens), options)
     assert anchor is not None
     assert (anchor.sink_blocks, anchor.recent_blocks) == (1, 2)
     return anchor.budget_blocks.tolist()
@@ -236,5 +224,8 @@ def test_fingerprints_tell_checkpoints_apart(tmp_path: Path) -> None:
 def test_shipped_profiles_are_valid() -> None:
     from attn_backends.profile import SHIPPED
 
-    for path in SHIPPED.glob("*.json"):
-        assert isinstance(load_profile(path), Profile)
+    paths = sorted(SHIPPED.glob("*.json"))
+    assert paths, f"no profile in {SHIPPED}"
+    profiles = [load_profile(path) for path in paths]
+    assert len({profile.fingerprint for profile in profiles}) == len(paths)  # each can be found
+    assert all(profile.schedule().roles.count(LayerRole.ANCHOR) for profile in profiles)

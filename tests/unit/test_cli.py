@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from attn_backends.methods import REGISTRY
+from attn_backends.config import Between, rule_of, settings_of
+from attn_backends.methods import REGISTRY, load_method
 from vllm_ext import plugin
-from vllm_ext.cli import main
-from vllm_ext.cli.flags import add_setting_flags, merge_additional_config
-from vllm_ext.cli.ready import curl_line
+from vllm_ext.cli import COMMANDS, main
+from vllm_ext.cli.flags import add_setting_flags, flag_of, merge_additional_config
+from vllm_ext.cli.ready import Address, curl_line
 from vllm_ext.cli.serve import check_model, check_port
 from vllm_ext.errors import UserError
 
@@ -117,15 +119,75 @@ def test_flags_merge_into_additional_config() -> None:
 
 def test_curl_line_never_shows_the_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    args = SimpleNamespace(
-        served_model_name=None, model="m", api_key=["secret"], host="0.0.0.0", port=1
-    )
-    line = curl_line(args)
+    args = SimpleNamespace(served_model_name=None, model="m", api_key=["secret"])
+    line = curl_line(args, Address("127.0.0.1", 1, "", ""))
     assert "secret" not in line
     assert "$VLLM_API_KEY" in line
     assert "127.0.0.1:1/" in line
     body = line.split("-d ")[1].strip("'")
     assert json.loads(body)["model"] == "m"
+
+
+def _help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*argv, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_what_a_newcomer_needs_first(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _help([], capsys)
+    listed = re.findall(r"^ {4}(\S+)", text, re.MULTILINE)
+    assert listed == [*COMMANDS]
+    first = re.findall(r"^  vllm-ext (\S+)", text, re.MULTILINE)
+    assert first == listed[-len(COMMANDS) :][:4] == ["doctor", "demo-model", "methods", "serve"]
+
+
+def _setting_groups(text: str) -> dict[str, list[str]]:
+    """Flags of every group of settings, by the group's title."""
+    groups: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("settings of "):
+            flags = groups.setdefault(line.removeprefix("settings of ").rstrip(":"), [])
+        elif (flag := re.match(r"  (--[a-z-]+)", line)) and groups:
+            flags.append(flag[1])
+    return groups
+
+
+def test_serve_help_groups_settings_by_the_methods_that_have_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    groups = _setting_groups(_help(["serve"], capsys))
+    first = next(iter(groups))
+    assert first.startswith("all methods")
+    assert groups[first] == ["--strict", "--kernel"]
+    named: set[tuple[str, str]] = set()
+    for title, flags in groups.items():
+        methods = [*REGISTRY] if title == first else re.split(", | and ", title)
+        named |= {(method, flag) for method in methods for flag in flags}
+    assert named == {
+        (method, flag_of(setting))
+        for method in REGISTRY
+        for setting in settings_of(load_method(method).config_cls)
+    }
+    flags = [flag for group in groups.values() for flag in group]
+    assert len(flags) == len(set(flags))
+
+
+def test_serve_help_has_defaults_and_ranges_and_no_file_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = re.sub(r"\s+", " ", _help(["serve"], capsys))
+    options = text.partition("every flag of")[0]
+    described = dict(re.findall(r"(--[a-z-]+)(?:, --no-[a-z]+)? (.*?)(?= --|$)", options))
+    for method in REGISTRY:
+        for name, setting in settings_of(load_method(method).config_cls).items():
+            words = {"bool": "on", "str": setting.default or "empty"}
+            limits = f"(default {words.get(str(setting.type), setting.default)}"
+            if isinstance(rule := rule_of(setting), Between):
+                limits += f", {rule.lowest} to {rule.highest})"
+            assert limits in described[flag_of(name)], (method, name)
+    assert not re.findall(r"[\w/]+\.(?:py|md|json|yaml|cpp)\b", text)
 
 
 def test_other_vllm_minors_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,3 +201,17 @@ def test_the_extension_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(plugin.DISABLE_ENV, "1")
     assert plugin.platform() is None
     plugin.register()
+
+
+def test_a_unix_socket_needs_no_port(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        taken = ["--port", str(server.getsockname()[1])]
+        bad_setting = ["--window-tokens", "512"]
+        for uds in (["--uds", "server.sock"], ["--uds=server.sock"]):
+            assert main(["serve", str(tmp_path), *taken, *uds, *bad_setting]) == 2
+            assert "window_tokens given" in capsys.readouterr().err
+        assert main(["serve", str(tmp_path), *taken, *bad_setting]) == 2
+        assert "cannot listen" in capsys.readouterr().err

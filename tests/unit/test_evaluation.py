@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,12 @@ import numpy
 import pytest
 import torch
 
+from attn_backends.config import ConfigError
+from attn_backends.methods import load_method
+from vllm_ext.bench.decode import machine
 from vllm_ext.cli import eval as eval_command
 from vllm_ext.errors import UserError
-from vllm_ext.evaluation import prompts, report
+from vllm_ext.evaluation import prompts, report, run
 from vllm_ext.evaluation.run import DENSE, make_columns
 
 
@@ -71,6 +75,35 @@ def test_columns_share_engines_where_requests_may_choose() -> None:
     assert columns[3].settings == {"sink_tokens": 32, "window_tokens": 224}
     alone = make_columns(["SINK_WINDOW"], [512], {})
     assert (alone[0].method, alone[1].settings["window_tokens"]) == ("SPARSE_FULL", 448)
+
+
+def test_a_budget_that_requests_cannot_choose_is_an_engine_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fixed = dataclasses.replace(load_method("TIDAL_DECODE"), takes_row_options=False)
+    methods = {"FIXED": fixed, "SPARSE_FULL": load_method("SPARSE_FULL")}
+    monkeypatch.setattr(run, "load_method", methods.__getitem__)
+    columns = make_columns(["FIXED", "SPARSE_FULL"], [256, 512], {"sink_tokens": 16})
+    assert [(c.name, c.settings, c.extra_args) for c in columns] == [
+        (DENSE, {}, None),
+        ("FIXED@256", {"sink_tokens": 16, "budget_tokens": 256}, None),
+        ("FIXED@512", {"sink_tokens": 16, "budget_tokens": 512}, None),
+        ("SPARSE_FULL", {}, None),
+    ]
+
+
+def test_what_a_method_refuses_is_said_before_any_engine_starts() -> None:
+    with pytest.raises(ConfigError, match="sink_tokens is -1"):
+        make_columns(["TIDAL_DECODE"], [512], {"sink_tokens": -1})
+
+
+@pytest.mark.parametrize("gpu", [None, "NVIDIA H200"])
+def test_figures_name_the_gpu_where_there_is_one(
+    gpu: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: gpu)
+    assert machine()["gpu"] == (gpu or "none")
 
 
 def test_forcing_compares_full_distributions_and_forces(tmp_path: Path) -> None:

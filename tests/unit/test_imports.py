@@ -29,28 +29,34 @@ assert "attn_backends.ops.sparse_decode.impl.triton" in names, names
 assert "kvcache.layout" in names, names
 """
 
+OPS = """
+import importlib, pkgutil
+import attn_backends.ops as ops
+OPS = [found.name for found in pkgutil.iter_modules(ops.__path__) if found.ispkg]
+APIS = [importlib.import_module(f"attn_backends.ops.{op}.api") for op in OPS]
+known = {"anchor_decode", "block_topk", "cache_write", "paged_attention", "sparse_decode"}
+assert known <= set(OPS), OPS
+"""
+
 ASK_TRITON = """
 import os
 os.environ["TRITON_INTERPRET"] = "1"
-import importlib, torch
+import torch
 from attn_backends.ops.dispatch import OpContext, resolve
 from kvcache.layout import KVOrder, PagedKVLayout
 layout = PagedKVLayout(4, 32, 2, 64, torch.bfloat16, KVOrder.FUSED)
 context = OpContext(layout, 4, "cpu", True)
-for op in ("cache_write", "paged_attention", "sparse_decode"):
-    impls = importlib.import_module(f"attn_backends.ops.{op}.api").implementations()
-    reasons = {impl.name: impl.unsupported_reason(context) for impl in impls if impl.name != "cpu"}
+for api in APIS:
+    impls = [impl for impl in api.implementations() if impl.name != "cpu"]
+    reasons = {impl.name: impl.unsupported_reason(context) for impl in impls}
     assert "triton cannot be imported" in reasons["triton"], reasons
     assert reasons["reference"] is None, reasons
 """
 
 NOTHING_HEAVY = """
 import sys
-import attn_backends.ops.sparse_decode.api as sparse_decode
-import attn_backends.ops.paged_attention.api as paged_attention
-import attn_backends.ops.cache_write.api as cache_write
-for op in (sparse_decode, paged_attention, cache_write):
-    op.implementations()
+for api in APIS:
+    assert {"cpu", "triton", "reference"} <= {impl.name for impl in api.implementations()}, api
 heavy = [name for name in ("triton", "vllm", "ray") if name in sys.modules]
 assert not heavy, heavy
 """
@@ -69,8 +75,8 @@ def test_domain_imports_without_triton_vllm_and_ray() -> None:
 
 
 def test_triton_says_why_it_cannot_serve_and_the_reference_can() -> None:
-    _run_fresh(BLOCK + ASK_TRITON)
+    _run_fresh(BLOCK + OPS + ASK_TRITON)
 
 
 def test_listing_implementations_imports_nothing_heavy() -> None:
-    _run_fresh(NOTHING_HEAVY)
+    _run_fresh(OPS + NOTHING_HEAVY)

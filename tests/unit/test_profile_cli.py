@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from attn_backends.budget import BudgetConfig, BudgetSelector
+from attn_backends.method import Geometry
+from tests.batches import decode_batch
 from vllm_ext.cli import main
+from vllm_ext.cli.profile import probed_budget
 
 
 @pytest.mark.parametrize(
@@ -19,6 +24,8 @@ from vllm_ext.cli import main
             ["MODEL", "--output", "p.json", "--context-tokens", "600"],
             ["--context-tokens", "512"],
         ),
+        (["MODEL", "--output", "p.json", "--block-size", "0"], ["--block-size", "at least 1"]),
+        (["MODEL", "--output", "p.json", "--budget-tokens", "64"], ["--budget-tokens", "96"]),
         (["MODEL", "--check", "gone.json"], ["gone.json", "cannot be read"]),
     ],
 )
@@ -31,3 +38,23 @@ def test_mistakes_are_one_line(
     assert len(message.strip().splitlines()) == 1
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("block_size", "blocks"),
+    [(16, (32, 2, 4)), (32, (16, 1, 2)), (64, (8, 1, 1)), (256, (2, 1, 1))],
+)
+def test_it_probes_the_blocks_that_a_server_reads(
+    block_size: int, blocks: tuple[int, int, int]
+) -> None:
+    found = probed_budget(512, block_size)
+    assert (found.budget_blocks, found.sink_blocks, found.recent_blocks) == blocks
+    geometry = Geometry(4, 2, 4, 64, block_size, 1, 8192)
+    served = BudgetSelector(BudgetConfig(), geometry, torch.device("cpu"))
+    state = served.anchor_state(decode_batch([8000]), {})
+    assert state is not None
+    assert (state.budget_blocks.item(), state.sink_blocks, state.recent_blocks) == blocks
+
+
+def test_half_a_budget_still_holds_sinks_and_recent_blocks() -> None:
+    assert probed_budget(48, 32).budget_blocks == 3

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attn_backends.config import known_settings
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.engine_process import EngineProcess, kv_token_bytes
@@ -197,7 +199,7 @@ def machine() -> dict[str, str]:
         "cpu": f"{os.cpu_count()} x {cpu}",
         "python": platform.python_version(),
         "vllm": vllm_version(),
-        "gpu": "none (not run on a GPU)",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 

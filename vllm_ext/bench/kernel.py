@@ -109,8 +109,6 @@ def run(specs: Sequence[BatchSpec], shape: Shape, options: Options, echo: Echo) 
         # On a busy machine every parallel call waits for a core now and then.
         "load_average_at_start": f"{os.getloadavg()[0]:.1f}",
     }
-    if options.device_type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
     rows: list[dict[str, Any]] = []
     skipped: dict[str, dict[str, str]] = {}
     bytes_per_second = 0.0

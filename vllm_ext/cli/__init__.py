@@ -1,4 +1,4 @@
-"""``vllm-ext``: serve, methods, doctor, demo-model, profile, eval, bench."""
+"""``vllm-ext``: doctor, demo-model, methods, serve, profile, eval, bench."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ from attn_backends.config import ConfigError
 from vllm_ext import __version__
 from vllm_ext.errors import UserError
 
-COMMANDS = {
-    "serve": ("vllm_ext.cli.serve", "start an OpenAI-compatible server"),
-    "methods": ("vllm_ext.cli.methods", "what each method reads, frees and cannot do"),
+COMMANDS = {  # in the order of --help: the first four are a newcomer's
     "doctor": ("vllm_ext.cli.doctor", "check this machine with a self-test decode"),
     "demo-model": ("vllm_ext.demo_model", "prepare the demo model"),
+    "methods": ("vllm_ext.cli.methods", "what each method reads, frees and cannot do"),
+    "serve": ("vllm_ext.cli.serve", "start an OpenAI-compatible server"),
     "profile": ("vllm_ext.cli.profile", "calibrate TIDAL_DECODE for a checkpoint"),
     "eval": ("vllm_ext.cli.eval", "fidelity of the methods against dense"),
     "bench": ("vllm_ext.cli.bench", "decode time, capacity and kernels, against stock vLLM"),
 }
+EPILOG = """
+new here? these four, in this order:
+
+  vllm-ext doctor
+  vllm-ext demo-model
+  vllm-ext methods
+  vllm-ext serve models/smollm2-135m-instruct --attention-backend TIDAL_DECODE
+
+`vllm-ext COMMAND --help` says more of each
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        prog="vllm-ext", description="Cheap long-context decoding on vLLM 0.32."
+        prog="vllm-ext",
+        description="Cheap long-context decoding on vLLM 0.32.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vllm-ext {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)

@@ -12,6 +12,7 @@ import torch
 
 from attn_backends.config import settings_of
 from attn_backends.methods import REGISTRY, load_method
+from attn_backends.profile import read_model_config
 from vllm_ext.bench import capacity, decode, kernel, kernel_report, workloads
 from vllm_ext.bench.cases import OPS
 from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, parse_setting, setting_fields
@@ -174,7 +175,7 @@ def _capacity(args: argparse.Namespace) -> int:
         raise UserError(f"--model: {args.model} is not a model folder; run vllm-ext demo-model")
     names = [field.name for field in dataclasses.fields(capacity.Load)]
     _require_positive(args, *(name for name in names if name not in ("model", "dtype", "seed")))
-    positions = json.loads(Path(args.model, "config.json").read_text())["max_position_embeddings"]
+    positions = read_model_config(Path(args.model))["max_position_embeddings"]
     if args.context_tokens + args.new_tokens > positions:
         raise UserError(
             f"--context-tokens {args.context_tokens} + --new-tokens {args.new_tokens} must be at "

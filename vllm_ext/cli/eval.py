@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from attn_backends.methods import REGISTRY
+from attn_backends.profile import read_model_config
 from vllm_ext.bench.decode import machine
 from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, setting_fields
 from vllm_ext.errors import UserError
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     settings = {key: value for key, value in vars(args).items() if key in setting_fields()}
     columns = make_columns(methods, args.budgets, settings)
-    config = json.loads(Path(args.model, "config.json").read_text())
+    config = read_model_config(Path(args.model))
     job = _job(args, config["max_position_embeddings"])
     total = (len(job.needles) + len(job.texts)) * len(columns)
     with tqdm(total=total, unit="answer") as bar:

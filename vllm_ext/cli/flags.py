@@ -11,9 +11,10 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from dataclasses import Field
 from typing import Any
 
-from attn_backends.config import KERNEL_CHOICES, POLICY_KEY, settings_of
+from attn_backends.config import POLICY_KEY, Between, OneOf, rule_of, settings_of
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.engine_process import DTYPES, cpu_dtype
 from vllm_ext.errors import UserError
@@ -54,47 +55,67 @@ def parse_setting(type_name: str, text: str) -> Any:
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag per setting; absent flags stay out of the namespace."""
-    group = parser.add_argument_group("vllm-ext settings (see `vllm-ext methods`)")
-    for name, type_name in setting_fields().items():
-        flag = flag_of(name)
-        text = _help_of(name)
-        if type_name == "bool":
-            group.add_argument(
-                flag,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=text,
-            )
-            continue
-        choices = KERNEL_CHOICES if name == "kernel" else None
-        group.add_argument(
-            flag,
-            type=_PARSERS[type_name],
-            default=argparse.SUPPRESS,
-            choices=choices,
-            metavar=None if choices else type_name.upper(),
-            help=text,
-        )
+    """Adds one flag per setting, grouped by the methods that have it; absent flags stay out of
+    the namespace.
+    """
+    owners = _owners()
+    # What most methods share comes first.
+    for names in sorted(dict.fromkeys(owners.values()), key=len, reverse=True):
+        group = parser.add_argument_group(_title(names))
+        for setting in (setting for setting, of in owners.items() if of == names):
+            _add_flag(group, setting, names)
 
 
-def _help_of(setting: str) -> str:
-    """What the docstrings of the methods' settings say, and whose setting it is."""
-    owners: dict[str, list[str]] = {}  # methods by text: two may mean different things by a name
+def _owners() -> dict[str, tuple[str, ...]]:
+    """The methods that have a setting, by its name."""
+    owners: dict[str, tuple[str, ...]] = {}
     for name in REGISTRY:
+        for setting in settings_of(load_method(name).config_cls):
+            owners[setting] = (*owners.get(setting, ()), name)
+    return owners
+
+
+def _title(names: tuple[str, ...]) -> str:
+    if len(names) == len(REGISTRY):
+        return "settings of all methods (see `vllm-ext methods`)"
+    *others, last = names
+    return f"settings of {', '.join(others)} and {last}" if others else f"settings of {last}"
+
+
+def _add_flag(group: Any, setting: str, names: tuple[str, ...]) -> None:
+    fields = [settings_of(load_method(name).config_cls)[setting] for name in names]
+    type_name, rule = str(fields[0].type), rule_of(fields[0])
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help_of(setting, names)}
+    if type_name == "bool":
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options |= {"type": _PARSERS[type_name], "metavar": type_name.upper()}
+    if isinstance(rule, OneOf):
+        options |= {"choices": rule.choices, "metavar": None}
+    group.add_argument(flag_of(setting), **options)
+
+
+def _help_of(setting: str, names: tuple[str, ...]) -> str:
+    """What the docstrings of the methods' settings say, with default and range."""
+    said: dict[str, list[str]] = {}  # methods by text: two may mean different things by a name
+    for name in names:
         config_cls = load_method(name).config_cls
-        if setting in settings_of(config_cls):
-            texts = [
-                found
-                for cls in config_cls.__mro__
-                if (found := _documented(cls.__doc__ or "", setting))
-            ]
-            owners.setdefault(texts[0] if texts else "", []).append(name)
-    parts = [
-        f"{text} ({'all methods' if len(names) == len(REGISTRY) else ', '.join(names)})".strip()
-        for text, names in owners.items()
-    ]
-    return "; ".join(parts).replace("%", "%%")
+        texts = (_documented(cls.__doc__ or "", setting) for cls in config_cls.__mro__)
+        text = next(filter(None, texts), "")
+        said.setdefault(f"{text} ({_limits(settings_of(config_cls)[setting])})", []).append(name)
+    if len(said) == 1:
+        return "".join(said).replace("%", "%%")
+    return "; ".join(f"{', '.join(of)}: {text}" for text, of in said.items()).replace("%", "%%")
+
+
+def _limits(setting: Field[Any]) -> str:
+    """Default and range of a setting."""
+    default: Any = setting.default
+    if setting.type == "bool":
+        default = "on" if default else "off"
+    rule = rule_of(setting)
+    shown = f"default {default}" if default != "" else "default empty"
+    return f"{shown}, {rule}" if isinstance(rule, Between) else shown
 
 
 def _documented(docstring: str, setting: str) -> str:
@@ -126,8 +147,8 @@ def merge_additional_config(text: str | None, settings: dict[str, Any]) -> dict[
     """
     try:
         merged: Any = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"--additional-config is not JSON ({error}): {text!r}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--additional-config is not JSON ({error}): {text!r:.200}") from None
     if not isinstance(merged, dict):
         raise UserError(f"--additional-config must be a JSON object, got {text!r}")
     if not settings:

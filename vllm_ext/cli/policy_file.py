@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from attn_backends.config import takes_policy
+from attn_backends.config import ConfigError, read_text, takes_policy
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.policy import model
 from vllm_ext.cli.flags import POLICY_FLAG
@@ -79,16 +79,23 @@ def read_policy(argument: str) -> PolicyFile:
         argument: the path of a file, or the policy itself where it starts with ``{``.
 
     Raises:
-        UserError: unreadable, too large, or not plain YAML; names file and line.
+        UserError: unreadable, too large, not UTF-8, or not plain YAML; names file and line.
     """
     if argument.lstrip().startswith("{"):
-        return _parsed(POLICY_FLAG, argument.encode())
+        if len(argument) > MAX_POLICY_BYTES:
+            raise UserError(f"{POLICY_FLAG} has more than {MAX_POLICY_BYTES} bytes")
+        return _parsed(POLICY_FLAG, argument)
     try:
-        with Path(argument).expanduser().open("rb") as file:
-            text = file.read(MAX_POLICY_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{POLICY_FLAG} {argument} cannot be read: {error.strerror}") from None
+        path = Path(argument).expanduser()
+        text = read_text(path, MAX_POLICY_BYTES, named=f"{POLICY_FLAG} {argument}")
+    except (ConfigError, RuntimeError) as error:  # the latter: no such user's home
+        raise UserError(str(error)) from None
     return _parsed(argument, text)
+
+
+def methods_with_policy() -> list[str]:
+    """The methods that a policy can compose."""
+    return [name for name in REGISTRY if takes_policy(load_method(name).config_cls)]
 
 
 def require_method(backend: str) -> None:
@@ -100,7 +107,7 @@ def require_method(backend: str) -> None:
     Raises:
         UserError: another method, a backend of vLLM, or none.
     """
-    able = [name for name in REGISTRY if takes_policy(load_method(name).config_cls)]
+    able = methods_with_policy()
     if backend not in able:
         chosen = f"is {backend}, which takes no policy" if backend else "is not given"
         raise UserError(
@@ -108,17 +115,13 @@ def require_method(backend: str) -> None:
         )
 
 
-def _parsed(name: str, text: bytes) -> PolicyFile:
-    if len(text) > MAX_POLICY_BYTES:
-        raise UserError(f"{name} has more than {MAX_POLICY_BYTES} bytes; a policy has at most that")
+def _parsed(name: str, text: str) -> PolicyFile:
     try:
-        root = yaml.compose(text.decode(), Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:
             raise UserError(f"{name}: is empty; see docs/policy.md")
         reader = _Reader(name)
         content = reader.value(root, ())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: is not UTF-8 text (byte {error.start})") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1

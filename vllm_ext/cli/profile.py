@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from attn_backends.budget import BudgetConfig
+from attn_backends.config import read_text
 from attn_backends.findings import Findings
 from attn_backends.plan import LayerSchedule
-from attn_backends.profile import Profile, fingerprint, load_profile
+from attn_backends.profile import Profile, fingerprint, load_profile, read_model_config
 from vllm_ext.calibration import report, search
 from vllm_ext.calibration.data import Sizes, make_examples
 from vllm_ext.calibration.layer_similarity import least_important
@@ -25,6 +27,8 @@ from vllm_ext.calibration.search import Recording, Verdict
 from vllm_ext.errors import UserError
 
 DENSE_LAYERS = 1
+MAX_STATE_BYTES = 64 << 20
+FORCED_TOKENS = BudgetConfig.sink_tokens, BudgetConfig.recent_tokens  # as servers by default
 HELD_OUT_SEED = 1_000_003  # added to --seed: prompts that choose nothing
 
 
@@ -67,9 +71,11 @@ def _check(args: Any) -> None:
     if args.corpus is not None and not args.corpus.is_file():
         raise UserError(f"--corpus: {args.corpus} does not exist")
     lowest_of = {"anchors": 1, "examples": 1, "verifications": 1, "seed": 0, "drop": 0}
+    lowest_of |= {"budget_tokens": sum(FORCED_TOKENS), "block_size": 1}
     for name, lowest in lowest_of.items():
         if getattr(args, name) < lowest:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {lowest}")
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {getattr(args, name)}; it must be at least {lowest}")
     if args.window_instead and not args.drop:
         raise UserError("--window-instead needs --drop N: it says what those layers get")
     if args.context_tokens < 2 * args.budget_tokens:
@@ -120,6 +126,14 @@ def verdict_line(name: str, verdict: Verdict) -> str:
     )
 
 
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(path, MAX_STATE_BYTES, named=str(path)))
+        return {"key": dict(found["key"]), "verdicts": dict(found["verdicts"])}
+    except (ValueError, TypeError, KeyError, RecursionError):  # ConfigError is a ValueError
+        raise UserError(f"{path} is not of an interrupted calibration; remove it") from None
+
+
 class State:
     """Verdicts so far, kept beside the output: an interrupted calibration goes on from there."""
 
@@ -127,11 +141,12 @@ class State:
         self._path = args.output.with_suffix(".state.json")
         free = ("output", "drop", "window_instead")  # they change no verdict on anchors
         kept = {key: str(value) for key, value in vars(args).items() if key not in free}
-        served = {"anchor_attention": "selected"}  # what the verdicts are of
+        # What the verdicts are of.
+        served = {"anchor_attention": "selected", "forced_tokens": str(FORCED_TOKENS)}
         self._key = kept | served | {"fingerprint": fingerprint(Path(args.model))}
         self._verdicts: dict[str, dict[str, Any]] = {}
         if self._path.is_file():
-            found = json.loads(self._path.read_text())
+            found = _state(self._path)
             if found["key"] == self._key:
                 self._verdicts = found["verdicts"]
                 print(f"going on from {self._path}: {len(self._verdicts)} trials are known")
@@ -162,7 +177,7 @@ class Bench:
 
         torch.manual_seed(args.seed)
         self._args = args
-        self.probe = Probe(_budget(args.budget_tokens, args.block_size))
+        self.probe = Probe(probed_budget(args.budget_tokens, args.block_size))
         self.model = load_probed_model(args.model, self.probe)
         layers = getattr(getattr(self.model, "model", None), "layers", None)
         if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
@@ -188,8 +203,10 @@ class Bench:
         return search.verify(self.model, self.probe, served, recordings)
 
 
-def _budget(budget_tokens: int, block_size: int) -> Budget:
-    return Budget(block_size, -(-budget_tokens // block_size), 1, -(-64 // block_size))
+def probed_budget(budget_tokens: int, block_size: int) -> Budget:
+    """The blocks that a server of this block size reads under the method's default settings."""
+    sinks, recent = (-(-forced_tokens // block_size) for forced_tokens in FORCED_TOKENS)
+    return Budget(block_size, max(-(-budget_tokens // block_size), sinks + recent), sinks, recent)
 
 
 def check(args: Any) -> Iterator[tuple[Path, Verdict]]:
@@ -247,7 +264,7 @@ def calibrate(args: Any, state: State) -> tuple[Profile, torch.Tensor]:
     by_budget = {}
     for factor in (0.5, 1, 2):
         budget_tokens = int(args.budget_tokens * factor)
-        bench.probe.budget = _budget(budget_tokens, args.block_size)
+        bench.probe.budget = probed_budget(budget_tokens, args.block_size)
         by_budget[budget_tokens] = bench.verify(schedule, held_out)
         print(verdict_line(f"held out, {budget_tokens} tokens", by_budget[budget_tokens]))
     profile = _profile(args, schedule, verdicts, by_budget)
@@ -274,7 +291,7 @@ def _least_important(args: Any, anchors: tuple[int, ...], found: Findings) -> li
 def _profile(
     args: Any, schedule: LayerSchedule, verdicts: list[Verdict], by_budget: dict[int, Verdict]
 ) -> Profile:
-    config = json.loads(Path(args.model, "config.json").read_text())
+    config = read_model_config(Path(args.model))
     settings = ("budget_tokens", "block_size", "context_tokens", "examples", "seed")
     ranked = sorted(verdicts, key=lambda v: v.loss)[:10]
     return Profile(

@@ -23,8 +23,8 @@ from attn_backends.policy.model import PolicyError
 from vllm_ext import access, plugin
 from vllm_ext.cli.cpu_defaults import default_dtype, default_kv_pool_bytes
 from vllm_ext.cli.flags import POLICY_FLAG, add_setting_flags, flag_of, merge_additional_config
-from vllm_ext.cli.policy_file import PolicyFile, read_policy, require_method
-from vllm_ext.cli.ready import announce_when_ready
+from vllm_ext.cli.policy_file import PolicyFile, methods_with_policy, read_policy, require_method
+from vllm_ext.cli.ready import announce_when_ready, in_url
 from vllm_ext.errors import UserError
 
 EPILOG = """
@@ -54,7 +54,8 @@ def _own_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         POLICY_FLAG,
         metavar="FILE|JSON",
-        help="a policy of layers, budgets and presets for TIDAL_DECODE (docs/policy.md)",
+        help="a policy of layers, budgets and presets, YAML or JSON, for "
+        f"{' or '.join(methods_with_policy())}",
     )
     add_setting_flags(parser)
     return parser
@@ -101,7 +102,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(
-                f"cannot listen on {host}:{port}: {error.strerror}. If another server runs "
+                f"cannot listen on {in_url(host)}:{port}: {error.strerror}. If another server runs "
                 f"there, stop it or choose another --port (for example {port + 1})"
             ) from None
 
@@ -254,7 +255,8 @@ def main(argv: list[str]) -> int:
         raise UserError(str(error)) from None
     if model or not any(word[:1] != "-" for word in rest):
         check_model(model)
-    check_port(own.host, own.port)
+    if not {"--uds", "--headless"} & {word.split("=")[0] for word in rest}:
+        check_port(own.host, own.port)
     policy = None if own.sparse_config is None else read_policy(own.sparse_config)
     return _run(vllm_arguments(model, own, rest, policy), policy)
 
@@ -271,7 +273,7 @@ def _run(argv: list[str], policy: PolicyFile | None) -> int:
     require_key_everywhere(args)
     try:
         validate_parsed_serve_args(args)
-        if not args.headless:
+        if not (args.headless or args.grpc):  # those answer no HTTP
             threading.Thread(target=announce_when_ready, args=(args,), daemon=True).start()
         ServeSubcommand.cmd(args)
     except (ConfigError, ValueError, TypeError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from attn_backends.config import known_settings
+from attn_backends.config import known_settings, parse_config
 from attn_backends.methods import load_method
 from vllm_ext.engine_process import EngineProcess
 from vllm_ext.errors import UserError
@@ -44,8 +44,11 @@ def make_columns(methods: list[str], budgets: list[int], settings: dict[str, Any
     """Dense first, then every method at every budget.
 
     Methods that let a request choose its budget need one engine for all; the others, whose
-    reach is fixed at start, one for each. Settings that a method does not know are not given
-    to it.
+    reach is fixed at start, one for each; those without a reach have one column. Settings that a
+    method does not know are not given to it.
+
+    Raises:
+        ConfigError: settings or a budget that a method refuses.
     """
     columns = []
     for name in methods:
@@ -56,12 +59,17 @@ def make_columns(methods: list[str], budgets: list[int], settings: dict[str, Any
             title = f"{name}@{budget}"
             if method.takes_row_options:
                 columns.append(Column(title, name, own, {"budget_tokens": budget}))
+            elif "budget_tokens" in defaults:
+                columns.append(Column(title, name, own | {"budget_tokens": budget}, None))
             elif "window_tokens" in defaults:
                 sinks = int(own.get("sink_tokens", defaults["sink_tokens"]))
                 reach = own | {"sink_tokens": sinks, "window_tokens": max(1, budget - sinks)}
                 columns.append(Column(title, name, reach, None))
-        if not {"budget_tokens", "window_tokens"} & set(defaults):
-            columns.append(Column(name, name, own, None))
+            else:
+                columns.append(Column(name, name, own, None))
+                break
+    for column in columns:  # before the first engine starts
+        parse_config(load_method(column.method).config_cls, column.settings, column.method)
     elastic = next((c for c in columns if load_method(c.method).takes_row_options), None)
     if elastic is None:
         return [Column(DENSE, "SPARSE_FULL", {}, None), *columns]
