@@ -95,16 +95,7 @@ class BlockSelection:
 
     Entries are ascending and distinct; the last block of a row, which holds the current
     token, is always among them. Padding is -1.
-
-    Where query heads of a group select for themselves, ``num_kv_heads`` is a multiple of the
-    cache's: first the selections of each KV head's first query head, then of its second, and
-    so on (``part``). Ops get one part at a time.
     """
 
     logical_blocks: torch.Tensor  # [num_reqs, num_kv_heads, max_selected] int32
     counts: torch.Tensor  # [num_reqs, num_kv_heads] int32
-
-    def part(self, index: int, num_kv_heads: int) -> BlockSelection:
-        """The ``index``-th ``num_kv_heads`` heads; views."""
-        heads = slice(index * num_kv_heads, (index + 1) * num_kv_heads)
-        return BlockSelection(self.logical_blocks[:, heads], self.counts[:, heads])

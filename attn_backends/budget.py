@@ -76,14 +76,11 @@ class BudgetSelector:
         config: the budgets.
         geometry: of the layers.
         device: of the buffers.
-        parts: selections per KV head; its query heads are dealt out among them.
     """
 
     keeper: SelectionKeeper | None = None  # methods may choose to keep selections
 
-    def __init__(
-        self, config: BudgetConfig, geometry: Geometry, device: torch.device, parts: int = 1
-    ) -> None:
+    def __init__(self, config: BudgetConfig, geometry: Geometry, device: torch.device) -> None:
         self._config = config
         self._block_size = block_size = geometry.block_size
         self._budget_blocks = -(-config.budget_tokens // block_size)
@@ -92,9 +89,8 @@ class BudgetSelector:
         self._max_blocks = -(-geometry.max_model_len // block_size)
         shape = (geometry.max_num_reqs, geometry.num_kv_heads, self._max_blocks)
         self._shape = shape
-        chosen = (shape[0], parts * shape[1], shape[2])
-        self._blocks = torch.full(chosen, -1, dtype=torch.int32, device=device)
-        self._counts = torch.zeros(chosen[:2], dtype=torch.int32, device=device)
+        self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self._mass = torch.zeros(shape, dtype=torch.float32, device=device)
         self._budgets = torch.zeros(shape[0], dtype=torch.int32, device=device)
         self.watch = RecallWatch(

@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from attn_backends.adapter.config import geometry_of, method_config
 from attn_backends.adapter.counters import RowCounters
-from attn_backends.adapter.ops import ORDER_OF_DEVICE, Ops, resolve_ops
+from attn_backends.adapter.ops import engine_and_our_ops
 from attn_backends.adapter.requests import BOOK
 from attn_backends.adapter.sharing import shared_selector
 from attn_backends.adapter.windows import WindowPlans
@@ -30,6 +30,7 @@ from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
 from attn_backends.method import SELECTING, SparseMethod
 from attn_backends.ops.dispatch import OpContext
+from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops
 from attn_backends.plan import SELECTING_ROLES, DecodePlan, KeptRows, LayerRole, RowSubset
 from kvcache.layout import PagedKVLayout
 
@@ -117,7 +118,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         self._windows = WindowPlans(windows, geometry, device)
         has_rule = self._selector.span_rule(1) is not None
         self._ops, self._window_ops = (
-            resolve_ops(
+            engine_and_our_ops(
                 op_context(kv_cache_spec, geometry.num_query_heads, device, with_rule),
                 config.kernel,
             )

@@ -3,12 +3,12 @@
 Papers: TidalDecode, arXiv 2410.05076 (position-persistent sparse decode); Kascade, arXiv
 2512.16391 (per-KV-head selection, calibrated anchors, head maps). We follow Kascade where they
 differ: the blocks of a KV head are chosen by the softmax mass summed over its query heads, and
-not by each query head for itself, which is there for comparison (``selection_per``: it reads
-the keys and values of a KV head once per query head). We differ from both: selection is by KV
-block, sink and recent blocks are forced (TidalDecode's code can drop even the current token), and
-only decode rows are sparse, so that chunked prefill and multi-turn prompts stay exact. Anchors
-attend everything in both papers; ours score all keys and attend only what they select, which
-reads half as much and costs little fidelity (docs/adr/0009; ``anchor_attention``).
+not by each query head for itself, which reads a KV head once per query head and was not closer
+(docs/results.md). We differ from both: selection is by KV block, sink and recent blocks are forced
+(TidalDecode's code can drop even the current token), and only decode rows are sparse, so that
+chunked prefill and multi-turn prompts stay exact. Anchors attend everything in both papers; ours
+score all keys and attend only what they select, which reads half as much and costs little fidelity
+(docs/adr/0009; ``anchor_attention``).
 
 Selection is made again in every step, or every ``reselect_steps`` (reselection.py). A policy
 (docs/policy.md) may give layers other roles, a window of their own among them, and rows a budget
@@ -44,7 +44,6 @@ logger = logging.getLogger("vllm.vllm_ext")
 FALLBACK_DENSE_LAYERS = 2
 FALLBACK_ANCHOR_STRIDE = 2
 ANCHOR_ATTENTION = ("selected", "full")
-SELECTION_PER = ("kv_head", "query_head")
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,12 @@ class TidalConfig(BudgetConfig):
             select, without reading other values, or everything.
         reselect_steps: decode steps from one selection to the next; it must divide the KV block.
             Guard checks then come as many steps later as lets them meet selections of every age.
-        selection_per: what chooses blocks for itself. Query heads as in TidalDecode's paper are
-            slow: what a KV head holds is read once for each.
         policy: of layers, budgets and presets; read from a document (``compose``).
     """
 
     profile: str = "auto"
     anchor_attention: str = one_of(ANCHOR_ATTENTION, default="selected")
     reselect_steps: int = at_least(1, "steps", default=1)
-    selection_per: str = one_of(SELECTION_PER, default="kv_head")
     policy: Policy = NO_POLICY
 
     def __post_init__(self) -> None:
@@ -74,11 +70,6 @@ class TidalConfig(BudgetConfig):
             raise ConfigError(
                 f"vllm_ext.reselect_steps is {self.reselect_steps}, but anchors that attend "
                 "everything read it in every step; set vllm_ext.anchor_attention to selected"
-            )
-        if self.selection_per == "query_head" and self.reselect_steps > 1:
-            raise ConfigError(
-                f"vllm_ext.selection_per is query_head with reselect_steps {self.reselect_steps}, "
-                "which keep a selection per KV head; set vllm_ext.reselect_steps to 1"
             )
         forced_tokens = max(1, self.sink_tokens + self.recent_tokens)
         self.policy.require_budgets(forced_tokens, self.min_context_tokens)
@@ -106,9 +97,7 @@ class TidalSelector(BudgetSelector):
     """Budgets by context length, and rows that some layers read through a window."""
 
     def __init__(self, config: TidalConfig, geometry: Geometry, device: torch.device) -> None:
-        group = geometry.num_query_heads // geometry.num_kv_heads
-        parts = group if config.selection_per == "query_head" else 1
-        super().__init__(_checking_every_age(config), geometry, device, parts)
+        super().__init__(_checking_every_age(config), geometry, device)
         self._policy = config.policy
         self._leaves_out = bool(
             {LayerRole.REUSE, LayerRole.SELF} & {*_schedule(config, geometry).roles}

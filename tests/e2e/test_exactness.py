@@ -33,11 +33,6 @@ METHODS: dict[str, dict[str, Any]] = {  # settings, by the backend's name and a 
         "min_context_tokens": 0,
         "reselect_steps": 8,
     },
-    "TIDAL_DECODE, per query head": {
-        "budget_tokens": 3200,
-        "min_context_tokens": 0,
-        "selection_per": "query_head",
-    },
 }
 
 
@@ -103,7 +98,6 @@ SLOW_METHODS = {
     "SPARSE_FULL",
     "TIDAL_DECODE, full anchors",
     "TIDAL_DECODE, kept selections",
-    "TIDAL_DECODE, per query head",
 }
 
 

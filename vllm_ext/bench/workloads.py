@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from attn_backends.adapter.ops import ORDER_OF_DEVICE
 from attn_backends.batch import BlockSelection, PagedBatch
 from attn_backends.ops.dispatch import OpContext
+from attn_backends.ops.resolution import ORDER_OF_DEVICE
 from kvcache.layout import PagedKVLayout, kv_views
 from vllm_ext.errors import UserError
 

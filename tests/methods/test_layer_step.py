@@ -1,0 +1,121 @@
+"""A layer's step by itself: what anchors select, keep and check. Nothing of an engine."""
+
+from __future__ import annotations
+
+import torch
+
+from attn_backends.batch import BlockSelection, PagedBatch
+from attn_backends.budget import BudgetConfig, BudgetSelector
+from attn_backends.layer_step import LayerStep
+from attn_backends.method import Geometry
+from attn_backends.ops.dispatch import OpContext
+from attn_backends.ops.resolution import ORDER_OF_DEVICE, resolve_ops
+from attn_backends.plan import DecodePlan, KeptRows, LayerRole, RowSubset
+from kvcache.layout import PagedKVLayout, kv_views
+from tests.batches import decode_batch
+
+ROWS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, BLOCKS = 3, 2, 4, 32, 32, 12
+ORDER = ORDER_OF_DEVICE["cpu"]
+SCALE = HEAD**-0.5
+LAYER = "anchor"
+CPU = torch.device("cpu")
+
+
+def _batch(seq_lens: list[int]) -> PagedBatch:
+    table = torch.arange(ROWS * BLOCKS, dtype=torch.int32).view(ROWS, BLOCKS)
+    return decode_batch(seq_lens, table)
+
+
+class _Layer:
+    """An anchor layer, its cache and its selector."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        layout = PagedKVLayout(ROWS * BLOCKS, BLOCK, KV_HEADS, HEAD, torch.float32, ORDER)
+        self.cache = torch.randn(ROWS * BLOCKS, KV_HEADS, BLOCK, 2 * HEAD, generator=generator)
+        self.queries = torch.randn(4, ROWS, QUERY_HEADS, HEAD, generator=generator)
+        self.ops = resolve_ops(OpContext(layout, QUERY_HEADS, "cpu", with_rule=False), "reference")
+        geometry = Geometry(1, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, ROWS, BLOCKS * BLOCK)
+        config = BudgetConfig(
+            budget_tokens=128, sink_tokens=32, recent_tokens=32, min_context_tokens=0
+        )
+        self.selector = BudgetSelector(config, geometry, CPU)
+        shape = (ROWS, KV_HEADS, BLOCKS)
+        self.store = BlockSelection(
+            torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape[:2], dtype=torch.int32)
+        )
+
+    def step(
+        self, number: int, seq_lens: list[int], due: list[int] | None, slots: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and selection of one step; ``due`` None: as without ``reselect_steps``."""
+        decode = _batch(seq_lens)
+        kept = None
+        if due is not None:
+            subset = RowSubset.of(decode, due)
+            kept = KeptRows(subset, torch.tensor(slots), {LAYER: self.store})
+        self.selector.watch.recall.fill_(1.0)
+        plan = DecodePlan(
+            num_tokens=ROWS,
+            num_decode_tokens=ROWS,
+            decode=decode,
+            prefill=None,
+            selection=self.selector.select(decode),
+            anchor=self.selector.anchor_state(decode, {}),
+            decode_rule=None,
+            prefill_rule=None,
+            decodes_densely=False,
+            roles={LAYER: LayerRole.SELF},
+            head_maps={},
+            inheriting=frozenset(),
+            selecting_rows=[],
+            checked=None,
+            kept=kept,
+        )
+        query, out = self.queries[number], torch.empty(ROWS, QUERY_HEADS, HEAD)
+        views = kv_views(self.cache, ORDER)
+        LayerStep(LAYER, plan, self.ops, views, SCALE).attend(query, out)
+        assert plan.selection is not None
+        return out, plan.selection.logical_blocks.clone()
+
+
+def test_due_rows_select_and_the_others_read_what_they_selected() -> None:
+    layer = _Layer()
+    first, second = [340, 200, 300], [341, 201, 301]
+    slots = [2, 0, 1]
+    plain_out, plain = layer.step(0, first, None, slots)
+    out, chosen = layer.step(0, first, [0, 1, 2], slots)
+    assert torch.equal(chosen, plain)
+    torch.testing.assert_close(out, plain_out)
+
+    _, fresh = layer.step(1, second, None, slots)
+    assert not torch.equal(fresh, plain), "the queries choose alike: nothing is tested"
+    out, chosen = layer.step(1, second, [1], slots)
+    expected = torch.stack([plain[0], fresh[1], plain[2]])
+    assert torch.equal(chosen, expected)
+    # Recall is known of the rows that selected.
+    own = layer.selector.watch.recall[:, 0].tolist()
+    assert own[0] == own[2] == 1.0
+    assert own[1] < 1.0
+
+    out, chosen = layer.step(2, [342, 202, 302], [], slots)
+    assert torch.equal(chosen, expected)
+    # The output is attention over just these blocks.
+    reference = torch.empty_like(out)
+    layer.ops.sparse_decode.run(
+        layer.queries[2],
+        *kv_views(layer.cache, ORDER),
+        _batch([342, 202, 302]),
+        BlockSelection(expected, (expected >= 0).sum(2).to(torch.int32)),
+        None,
+        SCALE,
+        reference,
+    )
+    torch.testing.assert_close(out, reference)
+
+
+def test_rows_that_moved_find_their_selection() -> None:
+    layer = _Layer()
+    _, chosen = layer.step(0, [340, 200, 300], [0, 1, 2], [2, 0, 1])
+    _, moved = layer.step(1, [200, 300, 340], [], [0, 1, 2])
+    assert torch.equal(moved, chosen[[1, 2, 0]])
