@@ -6,6 +6,7 @@ import platform
 
 import torch
 
+from attn_backends import native
 from attn_backends.batch import PagedBatch, SpanRule
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from kvcache.layout import KVOrder
@@ -74,6 +75,8 @@ class CpuPagedAttention:
             return "offered on x86 CPUs only"
         if context.with_rule:
             return "has no sink blocks"
+        if _ours_is_faster(layout.dtype):
+            return "slower than ours for float32 without AVX-512"
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         if layout.head_size not in CPUAttentionBackend.get_supported_head_sizes():
@@ -81,6 +84,12 @@ class CpuPagedAttention:
         if layout.order is not KVOrder.KEY_TRANSPOSED or layout.block_size % 32:
             return "needs KEY_TRANSPOSED blocks of a multiple of 32 tokens"
         return None
+
+
+def _ours_is_faster(dtype: torch.dtype) -> bool:
+    """Measured (docs/measurements.md); where ours cannot be built, the engine's is faster."""
+    is_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return is_avx2 and dtype is torch.float32 and native.unavailable_reason() is None
 
 
 def paged_attention() -> OpImpl:
