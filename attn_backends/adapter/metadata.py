@@ -22,17 +22,15 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from attn_backends.adapter.config import geometry_of, method_config
 from attn_backends.adapter.counters import RowCounters
-from attn_backends.adapter.ops import engine_and_our_ops
+from attn_backends.adapter.ops import engine_and_our_ops, op_context
 from attn_backends.adapter.requests import BOOK
 from attn_backends.adapter.sharing import shared_selector
 from attn_backends.adapter.windows import WindowPlans
 from attn_backends.batch import PagedBatch, RowOptions
 from attn_backends.config import ConfigError
 from attn_backends.method import SELECTING, SparseMethod
-from attn_backends.ops.dispatch import OpContext
-from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops
+from attn_backends.ops.resolution import Ops
 from attn_backends.plan import SELECTING_ROLES, DecodePlan, KeptRows, LayerRole, RowSubset
-from kvcache.layout import PagedKVLayout
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -277,21 +275,6 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             return None
         row_ids = BOOK.ids_of_rows(decode.num_reqs)
         return RowSubset.of(decode, watch.expect(row_ids, selecting_rows, due))
-
-
-def op_context(
-    spec: AttentionSpec, num_query_heads: int, device: torch.device, with_rule: bool
-) -> OpContext:
-    """What the ops must serve for layers of this KV spec."""
-    layout = PagedKVLayout(
-        num_blocks=1,  # implementations do not depend on the pool's size
-        block_size=spec.block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_size=spec.head_size,
-        dtype=spec.dtype,
-        order=ORDER_OF_DEVICE[device.type],
-    )
-    return OpContext(layout, num_query_heads, device.type, with_rule)
 
 
 def _require_our_layers(layers: dict[str, Attention], method: SparseMethod) -> None:
