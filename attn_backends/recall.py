@@ -26,7 +26,7 @@ Checks change no output, and depend on the request alone and not on its neighbou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,6 +132,7 @@ class RecallWatch:
         self.histograms = {kind: [0] * (len(BOUNDS) + 1) for kind in KINDS}
         self.sums = dict.fromkeys(KINDS, 0.0)
         self.actions = {"raised": 0, "dense": 0}  # requests, so far
+        self.shown: dict[Hashable, float] = {}  # of these totals, by whoever shows them
         self._floor, self._patience, self._interval_steps = floor, patience, interval_steps
         self._requests: dict[str, _Request] = {}
         self._step = -1

@@ -93,7 +93,7 @@ def load_config(path: Path, port: int | None) -> dict[str, Any]:
         config: Any = yaml.safe_load(path.read_text())
         models = config["applications"][0]["args"]["llm_configs"]
         http = config["http_options"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
         raise UserError(
             f"--config {path} is not a Serve config like deploy/ray/local-cpu.yaml: {error!r}"
         ) from None

@@ -110,6 +110,10 @@ def _engine_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
         (parallel.use_ubatching, "micro-batches (--enable-dbo): they would share one selection"),
         (vllm_config.attention_config.use_non_causal, "non-causal attention"),
+        (
+            device_type == "cpu" and vllm_config.use_v2_model_runner,
+            "vLLM's V2 model runner on CPUs (set VLLM_USE_V2_MODEL_RUNNER=0)",
+        ),
     ]
     return [reason for failed, reason in checks if failed]
 

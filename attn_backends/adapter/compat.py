@@ -26,8 +26,12 @@ def unseeded_chunks(runner: Any) -> Iterator[None]:
         (tests/adapter/test_compat.py fails then).
 
     Args:
-        runner: a V1 model runner between its ``execute_model`` and its ``sample_tokens``.
+        runner: between its ``execute_model`` and its ``sample_tokens``. A V2 runner, which has no
+            ``input_batch`` and draws by itself, is left alone.
     """
+    if not hasattr(runner, "input_batch"):
+        yield
+        return
     batch = runner.input_batch
     goes_on = runner.discard_request_mask.np[: batch.num_reqs]
     held = {row: batch.generators[row] for row in list(batch.generators) if goes_on[row]}

@@ -46,7 +46,6 @@ class RowCounters:
     def __init__(self, method: str, engine: int = 0) -> None:
         self._method = {"method": method}
         self._engine = {"engine": str(engine)}
-        self._shown: dict[Hashable, float] = {}  # of the watch's totals
         self._files = figure_files()
 
     def add(self, rows: Mapping[tuple[str, str], int]) -> None:
@@ -70,21 +69,23 @@ class RowCounters:
             labels = self._method | {"kind": kind}
             self._files.set_gauge(RECALL, RECALL_HELP, labels | self._engine, value)
             counts = {
-                bound: int(self._growth((kind, bound), count))
+                bound: int(_growth(watch, (kind, bound), count))
                 for bound, count in zip((*BOUNDS, math.inf), watch.histograms[kind], strict=True)
             }
-            total = self._growth((kind, "sum"), watch.sums[kind])
+            total = _growth(watch, (kind, "sum"), watch.sums[kind])
             self._files.add_to_histogram(
                 RECALL_HISTOGRAM, RECALL_HISTOGRAM_HELP, labels, counts, total
             )
         for action, requests in watch.actions.items():
             labels = self._method | {"action": action}
-            self._files.add_to_counter(GUARD, GUARD_HELP, labels, self._growth(action, requests))
+            growth = _growth(watch, action, requests)
+            self._files.add_to_counter(GUARD, GUARD_HELP, labels, growth)
 
-    def _growth(self, name: Hashable, total: float) -> float:
-        growth = total - self._shown.get(name, 0.0)
-        self._shown[name] = total
-        return growth
+
+def _growth(watch: RecallWatch, name: Hashable, total: float) -> float:
+    growth = total - watch.shown.get(name, 0.0)
+    watch.shown[name] = total
+    return growth
 
 
 class AuditFigures:

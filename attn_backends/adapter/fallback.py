@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
 
@@ -42,8 +45,11 @@ def _counting_builder(stock_builder: Any, method_name: str) -> Any:
             self, spec: Any, layer_names: list[str], vllm_config: VllmConfig, *args: Any
         ) -> None:
             super().__init__(spec, layer_names, vllm_config, *args)
-            # Every rank serves the same rows: one of them counts.
-            is_counting = vllm_config.parallel_config.rank == 0
+            # Every rank and every KV group serves the same rows: one of them counts.
+            layers = get_layers_from_vllm_config(vllm_config, Attention)
+            first = min(extract_layer_index(name) for name in layers)
+            is_first = first in {extract_layer_index(name) for name in layer_names}
+            is_counting = is_first and vllm_config.parallel_config.rank == 0
             self._row_counters = RowCounters(method_name) if is_counting else None
 
         def build(

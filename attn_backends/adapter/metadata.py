@@ -128,7 +128,10 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         is_counting = is_first and parallel.rank == 0
         engine = parallel.data_parallel_index
         self._counters = RowCounters(method.name, engine) if is_counting else None
-        self._decode_leaves_out = bool({LayerRole.REUSE, LayerRole.SELF} & {*schedule.roles})
+        # Prefill reads what decode would leave out, all of it.
+        self._prefills_densely = not schedule.windows and bool(
+            {LayerRole.REUSE, LayerRole.SELF} & {*schedule.roles}
+        )
         self._ended = BOOK.ended_requests()
         logger.info(
             "%s: block %d tokens; %s; %s", method.name, geometry.block_size, self._ops, config
@@ -237,11 +240,11 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         return watch.guarded(row_ids, options)
 
     def _count_beam_steps(self) -> None:
-        """Each is a prompt to vLLM, so that none of its rows is a decode row: where prefill reads
-        what decode would leave out, a beam search is dense.
+        """Each is a prompt to vLLM, so that none of its rows is a decode row: where prefill is
+        dense, a beam search is.
         """
         if self._counters is not None and (num_steps := BOOK.take_beam_steps()):
-            path = "dense" if self._decode_leaves_out else "sparse"
+            path = "dense" if self._prefills_densely else "sparse"
             self._counters.add({(path, "beam_search"): num_steps})
 
     def _due(

@@ -89,8 +89,9 @@ def _options_of(extra_args: Mapping[str, Any], presets: Mapping[str, RowOptions]
 def _is_beam_step(params: Any) -> bool:
     """Whether a request is one step of one beam: vLLM asks for each as a new prompt.
 
-    Its front ends (``entrypoints/generate/beam_search``) are the only ones to ask for a single
-    token, undecoded, with the log-probabilities of twice as many as there are beams.
+    Its front ends (``entrypoints/generate/beam_search``) ask for a single token, undecoded, with
+    the log-probabilities of twice as many as there are beams. Who asks so by other ways gets a
+    single token that prefill made, and is counted with them.
     """
     return (
         params is not None

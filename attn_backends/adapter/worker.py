@@ -94,7 +94,23 @@ _builtin: Any = resolve_obj_by_qualname(STOCK_WORKERS[current_platform.device_ty
 
 if current_platform.is_cpu():
 
-    class ExtCPUWorker(RetainingWorker, _builtin):  # type: ignore[misc]
+    class MendedCPUWorker(_builtin):  # type: ignore[misc]
+        """vLLM's CPU worker without the faults in ``compat.py``, whatever backend serves."""
+
+        def init_device(self) -> None:
+            """See ``CPUWorker.init_device``."""
+            super().init_device()
+            if self.vllm_config.lora_config is not None:
+                from attn_backends.adapter.compat_lora import with_adapters
+
+                with_adapters(self.model_runner)
+
+        def sample_tokens(self, grammar_output: Any) -> Any:
+            """See ``Worker.sample_tokens``."""
+            with unseeded_chunks(self.model_runner):
+                return super().sample_tokens(grammar_output)
+
+    class ExtCPUWorker(RetainingWorker, MendedCPUWorker):
         """Tells the request book, too, in which order rows run."""
 
         def init_device(self) -> None:
@@ -102,20 +118,11 @@ if current_platform.is_cpu():
             super().init_device()
             runner: Any = self.model_runner
             BOOK.row_ids = lambda: runner.input_batch.req_ids
-            if self.vllm_config.lora_config is not None:
-                from attn_backends.adapter.compat_lora import with_adapters
-
-                with_adapters(runner)
             method = chosen_method(self.vllm_config)
             config = None if method is None else method_config(self.vllm_config, method)
             if isinstance(config, BudgetConfig) and config.audit_share:
                 with_audit(runner, config.audit_share, str(method.name if method else ""))
             BOOK.presets = presets_of(self.vllm_config)
-
-        def sample_tokens(self, grammar_output: Any) -> Any:
-            """See ``Worker.sample_tokens``."""
-            with unseeded_chunks(self.model_runner):
-                return super().sample_tokens(grammar_output)
 
 else:
 

@@ -34,6 +34,7 @@ class FigureFiles:
 
     def __init__(self, folder: Path) -> None:
         pid = os.getpid()
+        _forget_dead_parts(folder)
         self._counters = MmapedDict(str(folder / f"counter_vllmext-{pid}.db"))
         self._histograms = MmapedDict(str(folder / f"histogram_vllmext-{pid}.db"))
         self._gauges = MmapedDict(str(folder / f"gauge_mostrecent_vllmext-{pid}.db"))
@@ -86,6 +87,19 @@ class FigureFiles:
         """Closes the files; what they say stays."""
         for values in (self._counters, self._histograms, self._gauges, self._parts):
             values.close()
+
+
+def _forget_dead_parts(folder: Path) -> None:
+    """Removes the parts of processes that were killed: nothing else would, in a folder that
+    outlives its server (``PROMETHEUS_MULTIPROC_DIR`` of the user's own).
+    """
+    for path in folder.glob("gauge_livesum_vllmext-*.db"):
+        try:
+            os.kill(int(path.stem.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            continue
 
 
 def _add(values: MmapedDict, key: str, amount: float) -> None:

@@ -56,7 +56,14 @@ def _vllm_config(
             )
         ),
         attention_config=SimpleNamespace(use_non_causal=False),
-        **({"speculative_config": None, "kv_transfer_config": None} | (engine or {})),
+        **(
+            {
+                "speculative_config": None,
+                "kv_transfer_config": None,
+                "use_v2_model_runner": False,
+            }
+            | (engine or {})
+        ),
     )
 
 
@@ -68,6 +75,7 @@ def test_an_ordinary_model_has_no_reasons() -> None:
     ("change", "words"),
     [
         ({"model": {"use_mla": True}}, "MLA"),
+        ({"engine": {"use_v2_model_runner": True}}, "V2 model runner"),
         ({"model": {"is_encoder_decoder": True}}, "cross-attention"),
         ({"model": {"runner_type": "pooling"}}, "pooling"),
         ({"model": {"get_sliding_window": lambda: 4096}}, "sliding-window layers of the model"),

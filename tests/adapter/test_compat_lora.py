@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("vllm")
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from attn_backends.adapter.compat_lora import ExtPunicaWrapperCPU
+from attn_backends.adapter.compat_lora import ExtPunicaWrapperCPU, with_adapters
 
 RANK, HIDDEN, OUT = 4, 6, 10
 ADAPTER = 7  # its id; it is in slot 0, the only and so the last one
@@ -84,9 +85,42 @@ def test_rows_of_anyone_are_served_where_no_adapter_changes_the_output_layer() -
     assert not y.any()
 
 
-def test_vllm_still_needs_it() -> None:
-    """When this fails, attn_backends.adapter.compat_lora.py can go."""
+def test_prompt_logprobs_are_asked_for_one_request_with_its_adapter() -> None:
+    asked: list[Any] = []
+
+    class Stock:
+        def _get_prompt_logprobs_dict(self: Any, hidden: Any, scheduled: Any) -> dict[str, Any]:
+            asked.append((self.active, dict(self.num_prompt_logprobs)))
+            for name in [*self.num_prompt_logprobs]:
+                if name == "done":
+                    del self.num_prompt_logprobs[name]
+            return dict.fromkeys(self.num_prompt_logprobs, "scores")
+
+    runner: Any = Stock()
+    runner.num_prompt_logprobs = {"done": 1, "adapted": 2, "waits": 3}
+    runner.input_batch = SimpleNamespace(
+        request_lora_mapping=[0, ADAPTER],
+        req_id_to_index={"done": 0, "adapted": 1},
+        lora_id_to_lora_request={ADAPTER: "its request"},
+    )
+    runner._set_active_loras = lambda *mapped: setattr(runner, "active", mapped)
+    with_adapters(runner)
+    found = runner._get_prompt_logprobs_dict(torch.zeros(1), {"done": 4, "adapted": 4})
+    assert asked == [
+        (((0,), (0,), {"its request"}), {"done": 1}),
+        (((ADAPTER,), (ADAPTER,), {"its request"}), {"adapted": 2}),
+    ]
+    assert found == {"adapted": "scores"}
+    assert runner.num_prompt_logprobs == {"adapted": 2, "waits": 3}
+
+
+def test_vllm_still_gives_adapters_to_rows_without_one() -> None:
+    """Fails when ``ExtPunicaWrapperCPU`` is no longer needed: then remove it."""
     got, _ = _linear(PunicaWrapperCPU, (ADAPTER, 0))
     assert got[1].any(), "stock leaves rows of the base model alone now"
+
+
+def test_vllm_still_mistakes_prompt_tokens_for_requests() -> None:
+    """Fails when ``PromptLogprobsPerAdapter`` is no longer needed: then remove it."""
     with pytest.raises(RuntimeError, match="subscript b"):
         _logits(PunicaWrapperCPU, (ADAPTER, 0), 5)

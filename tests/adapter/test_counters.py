@@ -59,20 +59,35 @@ from kvcache.adapter.figures import figure_files
 rows, held = int(sys.argv[2]), int(sys.argv[3])
 RowCounters("TIDAL_DECODE").add({(sys.argv[1], "any"): rows})
 figure_files().set_part("vllm_ext:kv_blocks_held", "Held.", {"group": "0"}, held)
+print("written", flush=True)
+sys.stdin.read()
 """
+HELD = "vllm_ext:kv_blocks_held"
 
 
 def test_gauges_are_of_all_engines(folder: Path) -> None:
-    for path, rows, held in (("sparse", 1000, 100), ("dense", 1, 7)):
+    def start(path: str, rows: int, held: int) -> subprocess.Popen[str]:
         argv = [sys.executable, "-c", ENGINE, path, str(rows), str(held)]
-        subprocess.run(argv, check=True, env=os.environ | {})
-    samples = {
-        sample.name: sample.value
-        for family in WorkerFigures(folder).collect()
-        for sample in family.samples
-    }
-    assert samples["vllm_ext:kv_blocks_held"] == 107
-    assert samples["vllm_ext:activation_ratio"] == 1000 / 1001
+        pipe = subprocess.PIPE
+        engine = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True)
+        assert engine.stdout is not None
+        assert engine.stdout.readline() == "written\n"
+        return engine
+
+    def samples() -> dict[str, float]:
+        found = (sample for family in WorkerFigures(folder).collect() for sample in family.samples)
+        return {sample.name: sample.value for sample in found}
+
+    with start("sparse", 1000, 100) as first, start("dense", 1, 7) as second:
+        assert samples()[HELD] == 107
+        assert samples()["vllm_ext:activation_ratio"] == 1000 / 1001
+        for engine in (first, second):
+            engine.kill()
+    # What a killed engine held is nobody's: the next one in the folder says so.
+    with start("sparse", 1, 5) as third:
+        assert samples()[HELD] == 5
+        assert samples()["vllm_ext:activation_ratio"] == 1001 / 1002
+        third.kill()
 
 
 def _watch(recall: float) -> RecallWatch:
@@ -113,6 +128,18 @@ def test_counters_go_on_where_a_builder_is_made_anew(folder: Path) -> None:
             if f":{name} " in key and "'own'" not in key and "'inherited'" not in key
         ]
         assert (first[key], second[key]) == (before, after)
+
+
+def test_a_watch_that_stays_is_not_counted_twice(folder: Path) -> None:
+    watch = _watch(0.1)
+    for _ in range(2):
+        RowCounters("TIDAL_DECODE").show_recall(watch)
+    found = {
+        (sample.name, sample.labels.get("kind")): sample.value
+        for family in WorkerFigures(folder).collect()
+        for sample in family.samples
+    }
+    assert found["vllm_ext:selection_recall_hist_count", "served"] == 2
 
 
 def test_bytes_saved_wait_for_those_that_were_read_twice(folder: Path) -> None:

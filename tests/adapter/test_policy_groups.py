@@ -126,6 +126,9 @@ def test_options_are_refused_where_no_method_is_known(monkeypatch: Any) -> None:
     monkeypatch.setattr(selection, "_active", {})
     selection.check_request({"kv_transfer_params": {}}, "cpu")
     selection.check_request(None, "cpu")
+    monkeypatch.setattr(selection, "_active", {"method": None})  # stock vLLM, beside our plugin
+    selection.check_request({"sparse": ["x"]}, "cpu")
+    monkeypatch.setattr(selection, "_active", {})
     for extra_args in ({"sparse": ["x"]}, {"budget_tokens": "abc"}, {"sparse": "off"}):
-        with pytest.raises(VLLMValidationError, match="knows of no method"):
+        with pytest.raises(VLLMValidationError, match="another process"):
             selection.check_request(extra_args, "cpu")

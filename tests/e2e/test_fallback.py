@@ -46,3 +46,12 @@ def test_not_strict_serves_dense_and_counts_every_row(engine: dict[str, Any]) ->
     answer = run_engine(engine, [JOB])
     assert [len(a["tokens"]) for a in answer["jobs"][0]] == [6, 6]
     assert answer["rows"] == {"SINK_WINDOW|dense|unsupported": 10}
+
+
+def test_what_only_the_start_can_see_is_served_dense_too(engine: dict[str, Any]) -> None:
+    """The model has nothing against us, the worker is not ours."""
+    Path(engine["model"], "config.json").write_text(json.dumps(TINY_LLAMA))
+    engine["additional_config"] = {"vllm_ext": {"strict": False}}
+    engine["worker_cls"] = "tests.e2e.other_worker.OtherWorker"
+    answer = run_engine(engine, [JOB])
+    assert answer["rows"] == {"SINK_WINDOW|dense|unsupported": 10}

@@ -1,6 +1,6 @@
 """Dense attention by others, which ``vllm-ext bench kernel`` compares with.
 
-On CPUs that is vLLM's own kernel; on GPUs torch's and xformers' (not run on a GPU yet).
+On CPUs that is vLLM's own kernel; on GPUs torch's and xformers'.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@ import argparse
 import textwrap
 from pathlib import Path
 
-from attn_backends.config import settings_of
+from attn_backends.config import read_text, settings_of
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.errors import UserError
 
+MAX_PAGE_BYTES = 1 << 20
 MARKERS = ("<!-- methods -->", "<!-- end of methods -->")  # where --write puts the table
 
 
@@ -82,7 +83,8 @@ def main(argv: list[str]) -> int:
         print(markdown() if args.markdown else table())
         return 0
     try:
-        args.write.write_text(with_table(args.write.read_text()))
+        page = read_text(args.write, MAX_PAGE_BYTES, named=f"--write {args.write}")
+        args.write.write_text(with_table(page))
     except OSError as error:
         raise UserError(f"--write {args.write}: {error.strerror}") from None
     return 0

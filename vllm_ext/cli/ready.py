@@ -15,7 +15,6 @@ from typing import Any
 POLL_S = 0.5
 TIMEOUT_S = 2.0
 MAX_FAILURES = 20  # of a server that listens, and does not answer as ours do
-_NOT_LISTENING = (ConnectionRefusedError, FileNotFoundError)  # it is still loading
 
 
 def in_url(host: str) -> str:
@@ -78,6 +77,10 @@ class Address:
         return connected
 
 
+class _NotListening(OSError):
+    """Nobody answers there: the server is still loading."""
+
+
 class _Connection(HTTPConnection):
     """HTTP to an address of any kind; unlike urllib it never asks a proxy."""
 
@@ -86,7 +89,10 @@ class _Connection(HTTPConnection):
         self._address, self._trust = address, trust
 
     def connect(self) -> None:
-        self.sock = self._address.connect()
+        try:
+            self.sock = self._address.connect()
+        except OSError as error:
+            raise _NotListening(error.errno, str(error)) from None
         if self._address.certificate:
             host = self._address.host
             self.sock = self._trust.wrap_socket(self.sock, server_hostname=host)
@@ -166,7 +172,7 @@ def wait_until_ready(address: Address) -> str | None:
                 return None
             if status != 503:  # not yet
                 failures, problem = failures + 1, f"status {status}"
-        except _NOT_LISTENING:
+        except _NotListening:
             continue
         except (OSError, HTTPException) as error:
             failures, problem = failures + 1, str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The CUDA platform with our backends. Not run on a GPU yet."""
+"""The CUDA platform with our backends."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from attn_backends.adapter.config import chosen_method, geometry_of, method_conf
 from attn_backends.adapter.requests import KEYS, parse_options
 from attn_backends.budget import BudgetConfig
 from attn_backends.config import ConfigError, MethodConfig
+from attn_backends.method import SparseMethod
 from attn_backends.methods import load_method
 from vllm_ext import metrics
 
@@ -20,9 +21,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.vllm_ext")
 
-WORKERS = {  # vLLM's, and ours by its path: its module imports the platform that asks here
-    "cpu": ("vllm.v1.worker.cpu_worker.CPUWorker", "attn_backends.adapter.worker.ExtCPUWorker"),
-    "cuda": ("vllm.v1.worker.gpu_worker.Worker", "attn_backends.adapter.worker.ExtGPUWorker"),
+_OURS = "attn_backends.adapter.worker"  # by path: that module imports the platform that asks here
+WORKERS = {  # vLLM's, ours where no method serves, and where one does
+    "cpu": (
+        "vllm.v1.worker.cpu_worker.CPUWorker",
+        f"{_OURS}.MendedCPUWorker",
+        f"{_OURS}.ExtCPUWorker",
+    ),
+    "cuda": (
+        "vllm.v1.worker.gpu_worker.Worker",
+        "vllm.v1.worker.gpu_worker.Worker",
+        f"{_OURS}.ExtGPUWorker",
+    ),
 }
 RUST_FRONTEND_ENV = "VLLM_USE_RUST_FRONTEND"
 _active: dict[str, Any] = {}  # what this front-end process serves, for checks of requests
@@ -37,7 +47,10 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
         ConfigError: bad settings, or (strict) a combination that no method serves.
     """
     method = chosen_method(vllm_config)
+    _active.clear()
     if method is None:
+        _active["method"] = None
+        _choose_worker(vllm_config, device_type, is_served=False)
         return
     metrics.create_folder()
     metrics.export()
@@ -45,12 +58,7 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
     cache = vllm_config.cache_config
     if device_type == "cpu" and not cache.user_specified_block_size:
         cache.block_size = CPU_BLOCK_TOKENS
-    reasons = unsupported_reasons(vllm_config, device_type)
-    if os.environ.get(RUST_FRONTEND_ENV, "0") not in ("", "0"):
-        reasons.append(f"{RUST_FRONTEND_ENV} (that front end does not check vllm_xargs)")
-    worker_cls = vllm_config.parallel_config.worker_cls
-    if worker_cls not in WORKERS[device_type]:
-        reasons.append(f"--worker-cls {worker_cls} (ours frees KV blocks and reads options)")
+    reasons = _all_reasons(vllm_config, device_type)
     if reasons and config.strict:
         raise refuse(method, reasons)
     if reasons:
@@ -66,9 +74,41 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
     if vllm_config.model_config is not None and not reasons:
         # Asked for here already: a bad profile or policy must not wait for workers.
         schedule = method.schedule(config, geometry_of(vllm_config))
-    if not reasons:
-        vllm_config.parallel_config.worker_cls = WORKERS[device_type][1]
+        _check_groups(method, config, vllm_config)
+    _choose_worker(vllm_config, device_type, is_served=not reasons)
     _active.update(method=method, config=config, is_served=not reasons, schedule=schedule)
+
+
+def _all_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
+    """What no method can serve: asked at start and, where layers are made, in every process."""
+    reasons = unsupported_reasons(vllm_config, device_type)
+    if os.environ.get(RUST_FRONTEND_ENV, "0") not in ("", "0"):
+        reasons.append(f"{RUST_FRONTEND_ENV} (that front end does not check vllm_xargs)")
+    worker_cls = vllm_config.parallel_config.worker_cls
+    if worker_cls not in WORKERS[device_type]:
+        reasons.append(f"--worker-cls {worker_cls} (ours frees KV blocks and reads options)")
+    return reasons
+
+
+def _choose_worker(vllm_config: VllmConfig, device_type: str, is_served: bool) -> None:
+    """Ours instead of vLLM's; a worker of the user's own stays."""
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls in WORKERS[device_type]:
+        parallel.worker_cls = WORKERS[device_type][2 if is_served else 1]
+
+
+def _check_groups(method: SparseMethod, config: MethodConfig, vllm_config: VllmConfig) -> None:
+    """Refuses what would give layers with different retention one KV group.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    policies = method.retention(config, geometry_of(vllm_config))
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and len({*policies}) > 1:
+        raise ConfigError(
+            f"{method.name} keeps different KV blocks in different layers, which "
+            "--disable-hybrid-kv-cache-manager rules out; drop that flag"
+        )
 
 
 def _check_watching(config: MethodConfig, device_type: str, num_workers: int) -> None:
@@ -101,9 +141,8 @@ def _refuse_unserved(extra_args: Mapping[str, Any] | None) -> None:
     asked = [key for key in KEYS if key in (extra_args or {})]
     if asked:
         raise VLLMValidationError(
-            f"vllm_xargs has {', '.join(asked)}, but this front end knows of no method of "
-            "vllm-ext: --attention-backend names none, or the configuration was made in another "
-            "process; drop them",
+            f"vllm_xargs has {', '.join(asked)}, but this front end does not know which method of "
+            "vllm-ext serves: the configuration was made in another process; drop them",
             parameter="vllm_xargs",
         )
 
@@ -118,6 +157,7 @@ def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> Non
 
     if not _active:
         _refuse_unserved(extra_args)
+    if _active.get("method") is None:
         return
     config = _active["config"]
     forced_tokens = getattr(config, "sink_tokens", 0) + getattr(config, "recent_tokens", 0)
@@ -164,7 +204,7 @@ def select_backend(name: str, selector_config: Any, builtin: Callable[[], str]) 
 
     vllm_config = get_current_vllm_config()
     method = load_method(name)
-    reasons = unsupported_reasons(vllm_config, current_platform.device_type)
+    reasons = _all_reasons(vllm_config, current_platform.device_type)
     ours: Any = getattr(backend, name)
     reasons += ours.validate_configuration(
         device_capability=current_platform.get_device_capability(), **selector_config._asdict()
