@@ -1,14 +1,23 @@
 """Fuzzes a running server, and says what broke, whose code it was, and what is still held.
 
     pip install schemathesis          # in an environment of its own; vLLM is not needed there
-    vllm-ext serve MODEL --attention-backend TIDAL_DECODE --max-model-len 4096 --enforce-eager \
-        --kv-cache-memory-bytes 300M --enable-scale-out >server.log 2>&1 &
-    python -m deploy.fuzz --server-log server.log --output docs/benchmarks/fuzz-cpu
+    python -m deploy.fuzz_adapter MODEL tiny-lora
+    vllm-ext serve MODEL --attention-backend TIDAL_DECODE --budget-tokens 128 \
+        --min-context-tokens 128 --max-model-len 4096 --max-num-batched-tokens 256 \
+        --dtype float32 --enforce-eager --kv-cache-memory-bytes 200M --enable-scale-out \
+        --enable-lora --lora-modules tiny=tiny-lora >server.log 2>&1 &
+    python -m deploy.fuzz --server-log server.log --adapter tiny --requests 1500 \
+        --output docs/benchmarks/fuzz-cpu
 
-Requests go one after another, so that a 5xx and the lines it adds to the log belong together.
-Every ``--canary-every`` requests a fixed question must get the answer it got at the start.
-The exit code is 1 when the server died, hung, changed its answer, leaked KV blocks, or
-answered 5xx (or cut an answer off) out of our code; what vLLM does so by itself is reported only.
+Small chunks (``--max-num-batched-tokens``) make prompts of 300 tokens take several, a small budget
+and ``--min-context-tokens`` make them sparse; in float32 a batch does not move near ties.
+
+Hostile requests go one after another, so that a 5xx and the lines it adds to the log belong
+together. Valid ones with unusual options go in bursts of up to four, which share what they log;
+some are asked alone as well and must get the same answer. Every ``--canary-every`` requests a
+fixed question must get the answer it got at the start. The exit code is 1 when the server died,
+hung, changed an answer, leaked KV blocks, or answered 5xx (or cut an answer off) out of our code;
+what vLLM does so by itself is reported only.
 """
 
 from __future__ import annotations
@@ -16,21 +25,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from deploy.fuzz_client import HELD, KV_USE, Fuzzer
-from deploy.fuzz_requests import HostileRequest, mutated_requests, raw_requests, schema_requests
+from deploy.fuzz_options import OptionSpace, bursts
+from deploy.fuzz_requests import mutated_requests, raw_requests, schema_requests
+
+T = TypeVar("T")
 
 
 def draw_and_send(
-    strategy: st.SearchStrategy[HostileRequest], count: int, run_seed: int, fuzzer: Fuzzer
+    strategy: st.SearchStrategy[T], count: int, run_seed: int, send: Callable[[T], None]
 ) -> None:
-    """Draws and sends up to ``count`` requests; fewer where the strategy has fewer."""
+    """Draws and sends up to ``count`` times; less often where the strategy has fewer."""
 
     @seed(run_seed)
     @settings(
@@ -41,32 +54,47 @@ def draw_and_send(
         suppress_health_check=list(HealthCheck),
     )
     @given(strategy)
-    def send(request: HostileRequest) -> None:
-        fuzzer.send(request)
+    def drawn(value: T) -> None:
+        send(value)
 
-    send()
+    drawn()
 
 
 def fuzz(args: argparse.Namespace, fuzzer: Fuzzer) -> None:
-    """Raw requests first, then those of the schema, then mutated ones up to the count."""
+    """Raw requests first; of what is left a quarter from the schema, half with unusual options,
+    and mutated ones up to the count.
+    """
     fuzzer.ask_canary()
     for request in raw_requests(args.model, args.max_model_len):
         fuzzer.send(request)
     print(f"raw: {fuzzer.num_sent} requests sent", flush=True)
     if fuzzer.stopped:
         return
-    strategies = schema_requests(args.url, fuzzer.auth())
-    each = max(1, (args.requests - fuzzer.num_sent) // 2 // len(strategies))
-    for number, (label, strategy) in enumerate(strategies):
-        try:
-            draw_and_send(strategy, each, args.seed + number, fuzzer)
-        except Unsatisfiable:
-            print(f"{label}: the schema allows no such request", flush=True)
+    left = args.requests - fuzzer.num_sent
+    send_schema(args, fuzzer, left // 4)
     print(f"schema: {fuzzer.num_sent} requests sent", flush=True)
+    space = OptionSpace((args.model, *args.adapter), args.chunk_tokens)
+    until = fuzzer.num_sent + left // 2
+    for round_seed in range(args.seed, args.seed + 1000):
+        if fuzzer.stopped or fuzzer.num_sent >= until:
+            break  # a burst's size is not known before it is drawn
+        draw_and_send(bursts(space), 20, round_seed, fuzzer.send_burst)
+    print(f"options: {fuzzer.num_sent} requests sent", flush=True)
     left = args.requests - fuzzer.num_sent
     if left > 0:
-        draw_and_send(mutated_requests(args.model), left, args.seed, fuzzer)
+        draw_and_send(mutated_requests(args.model), left, args.seed, fuzzer.send)
     fuzzer.ask_canary()
+
+
+def send_schema(args: argparse.Namespace, fuzzer: Fuzzer, count: int) -> None:
+    """About ``count`` requests, as many of each operation of the server's schema."""
+    strategies = schema_requests(args.url, fuzzer.auth())
+    each = max(1, count // len(strategies))
+    for number, (label, strategy) in enumerate(strategies):
+        try:
+            draw_and_send(strategy, each, args.seed + number, fuzzer.send)
+        except Unsatisfiable:
+            print(f"{label}: the schema allows no such request", flush=True)
 
 
 def grouped(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -104,6 +132,8 @@ def result_of(args: argparse.Namespace, fuzzer: Fuzzer) -> dict[str, Any]:
         },
         "num_requests": fuzzer.num_sent,
         "kinds": dict(fuzzer.kinds),
+        "num_bursts": fuzzer.num_bursts,
+        "num_compared": fuzzer.num_compared,
         "statuses": {route: dict(counts) for route, counts in sorted(fuzzer.statuses.items())},
         "server_errors": grouped(fuzzer.server_errors),
         "alive": not fuzzer.lost,
@@ -119,6 +149,9 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{result['label']}: {result['num_requests']} requests ({kinds}). Server alive: "
         f"{'yes' if result['alive'] else 'NO'}. Failures: {len(result['failures'])}.",
+        "",
+        f"Requests with options went in {result['num_bursts']} bursts; {result['num_compared']} "
+        "were answered alone, too, and compared.",
         "",
         f"At the end: {result['figures_at_the_end']}.",
         "",
@@ -139,6 +172,11 @@ def as_markdown(result: dict[str, Any]) -> str:
             f"- {error['count']} x {error['status']} `{error['method']} {error['path'][:80]}`, "
             f"{whose}: `{error['raised'] or error['answer'][:200]}`; smallest body: "
             f"`{error['body'][:160]}`"
+            + (
+                f" (log lines of {error['sent_together']} at once)"
+                if error["sent_together"] > 1
+                else ""
+            )
         )
     lines += [f"- FAILURE: {failure[:1000]}" for failure in result["failures"]]
     return "\n".join(lines) + "\n"
@@ -153,12 +191,18 @@ def main() -> int:
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="models/smollm2-135m-instruct", help="served name")
+    parser.add_argument(
+        "--adapter", action="append", default=[], help="served name of a LoRA adapter (repeatable)"
+    )
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=256, help="the server's --max-num-batched-tokens"
+    )
     parser.add_argument("--label", default="fuzz", help="what is fuzzed, for the report")
     parser.add_argument("--api-key", default="", help="sent as a bearer token")
     parser.add_argument("--server-log", type=Path, help="the server's output, to see whose 5xx")
     parser.add_argument("--max-model-len", type=int, default=4096, help="the server's")
-    parser.add_argument("--requests", type=int, default=1200)
-    parser.add_argument("--minutes", type=float, default=15, help="stop after this time")
+    parser.add_argument("--requests", type=int, default=1500)
+    parser.add_argument("--minutes", type=float, default=25, help="stop after this time")
     parser.add_argument("--timeout-s", type=float, default=60, help="of one request")
     parser.add_argument("--canary-every", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,8 +1,9 @@
 """Hostile requests for ``deploy.fuzz``: what is sent, independent of how it is sent.
 
-Three kinds: bodies made from the server's own OpenAPI schema (valid and invalid), valid bodies
-with a few fields replaced by hostile values, and raw bytes that are no request at all.
-Every body is bounded (``bounded``), so that no request generates more than a few tokens.
+Three of four kinds: bodies made from the server's own OpenAPI schema (valid and invalid), valid
+bodies with a few fields replaced by hostile values, and raw bytes that are no request at all; what
+is valid and unusual is in ``fuzz_options``. Every body is bounded (``bounded``), so that no
+request generates more than a few tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ class HostileRequest:
     """One request as it goes over the wire.
 
     Attributes:
-        kind: the generator that made it: ``schema``, ``mutated`` or ``raw``.
+        kind: the generator that made it: ``schema``, ``mutated``, ``raw`` or ``options``.
         method: of HTTP.
         path: with its query string.
         body: raw bytes, or None for none.
         headers: without Content-Length and Authorization.
+        hang_up_s: how long the client waits before it closes the connection, or None.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class HostileRequest:
     path: str
     body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    hang_up_s: float | None = None
 
 
 def bounded(value: Any) -> Any:

@@ -26,6 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from deploy.ray_ingress import endpoints
 from deploy.ray_settings import check_engine_kwargs
+from vllm_ext.platforms.selection import prepare_config
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,14 +62,19 @@ def require_extension() -> None:
 
 
 class ExtVLLMEngine(VLLMEngine):
-    """ray.serve.llm's engine, without a process of its own for the model on one CPU rank.
+    """ray.serve.llm's engine, which checks per-request options, with fewer processes on a CPU.
 
-    A process fewer imports vLLM, so that a lost replica is back sooner. vLLM insists on the
-    process to set OpenMP's variables before it starts; with ``nobind`` it sets none.
+    Off the CPU Ray makes the configuration in another process, where our platform checked it;
+    requests are checked against it in this one.
+
+    On one CPU rank the model has no process of its own: a process fewer imports vLLM, so that a
+    lost replica is back sooner. vLLM insists on the process to set OpenMP's variables before it
+    starts; with ``nobind`` it sets none.
     """
 
     def _prepare_engine_config(self, callback_ctx: Any) -> Any:
         arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
+        prepare_config(config, config.device_config.device_type)
         parallel = config.parallel_config
         is_free = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind"
         if config.device_config.device_type == "cpu" and parallel.world_size == 1 and is_free:

@@ -5,6 +5,7 @@ ray.serve.llm checks no API key, and it ends a stream whose replica died like a 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -14,20 +15,22 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from vllm_ext.access import RequireApiKey
 
 KEY_ENV = "VLLM_API_KEY"  # where `vllm-ext serve` looks too
 logger = logging.getLogger("ray.serve")
 
 
-class ApiKey(AuthenticationMiddleware):
-    """vLLM's key check, with the key from this process's environment.
+class ApiKey(RequireApiKey):
+    """The key check of ``vllm-ext serve``, with the key from this process's environment.
 
-    The key is read where the ingress runs, so that it is neither in a YAML file nor in Ray's
-    storage.
+    FastAPI serves /docs, /redoc and /openapi.json beside what is under ``/v1``: vLLM's own check
+    would leave them open. The key is read where the ingress runs, so that it is neither in a YAML
+    file nor in Ray's storage.
 
     Args:
-        app: what is guarded; everything this ingress serves is under ``/v1``.
+        app: what is guarded.
         is_required: whether a missing key is an error or an open server.
 
     Raises:
@@ -35,20 +38,13 @@ class ApiKey(AuthenticationMiddleware):
     """
 
     def __init__(self, app: ASGIApp, is_required: bool) -> None:
-        key = os.environ.get(KEY_ENV)
-        if is_required and not key:
+        if is_required and not os.environ.get(KEY_ENV):
             raise RuntimeError(
                 f"require_api_key is true, but {KEY_ENV} is not set where the ingress runs; set "
                 "it in the environment of `ray start` (Kubernetes: from a secret, as in "
                 "deploy/ray/kuberay-rayservice.yaml)"
             )
-        super().__init__(app, [key] if key else [])
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
-        """Refuses with 401, or passes on."""
-        if not self.api_tokens:
-            return self.app(scope, receive, send)
-        return super().__call__(scope, receive, send)
+        super().__init__(app)
 
 
 class CutStreams:
@@ -100,6 +96,7 @@ def _error_event(error: Exception) -> bytes:
 def _list_models(app: FastAPI, requires_key: bool) -> Any:
     # An endpoint's factory is where ray.serve.llm hands out its app. What is added last
     # runs first: the key is checked before the body is read.
+    app.state.args = argparse.Namespace(api_key=None)  # where the check looks before KEY_ENV
     app.add_middleware(CutStreams)
     app.add_middleware(ApiKey, is_required=requires_key)
     return app.get("/v1/models")

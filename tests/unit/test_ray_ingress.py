@@ -60,6 +60,16 @@ def test_the_key_of_the_environment_is_enforced(monkeypatch: pytest.MonkeyPatch)
     assert _ask(app, "GET", "/v1/models", key="secret").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "path", ["/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect", "/x"]
+)
+def test_the_schema_asks_for_the_key_too(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_ENV, "secret")
+    app = _app(requires_key=True)
+    assert _ask(app, "GET", path).status_code == 401
+    assert _ask(app, "GET", path, key="secret").status_code == (404 if path == "/x" else 200)
+
+
 def test_a_required_key_that_is_missing_stops_the_ingress(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
