@@ -224,8 +224,8 @@ def is_repeatable(request: HostileRequest) -> bool:
     return sampling.get("temperature") == 0 or sampling.get("seed") not in (None, NO_SEED)
 
 
-def answer_of(text: str) -> list[tuple[int, str]]:
-    """What a 200 said, streamed or not: each sequence's text or token ids, in order.
+def answer_of(text: str) -> list[tuple[int, str, list[int]]]:
+    """What a 200 said, streamed or not: each sequence's text and token ids, in order.
 
     Args:
         text: the response's body.
@@ -235,11 +235,12 @@ def answer_of(text: str) -> list[tuple[int, str]]:
         events = [json.loads(line) for line in lines if line and line != "[DONE]"]
     else:
         events = [json.loads(text)]
-    said: dict[int, str] = {}
+    texts: dict[int, str] = {}
+    ids: dict[int, list[int]] = {}  # a stream may bring several at once
     for choice in (choice for event in events for choice in event.get("choices", [])):
         message = choice.get("message") or choice.get("delta") or {}
+        index = choice["index"]
         piece = choice.get("text") or message.get("content") or ""
-        if "text" not in choice and not message:
-            piece = json.dumps(choice.get("token_ids"))
-        said[choice["index"]] = said.get(choice["index"], "") + piece
-    return sorted(said.items())
+        texts[index] = texts.get(index, "") + piece
+        ids.setdefault(index, []).extend(choice.get("token_ids") or [])
+    return [(index, texts[index], ids[index]) for index in sorted(texts)]
