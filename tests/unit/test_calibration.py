@@ -23,6 +23,7 @@ from vllm_ext.calibration.search import (
     verify,
 )
 from vllm_ext.cli.profile import State
+from vllm_ext.errors import UserError
 
 
 def test_dynamic_programming_finds_what_brute_force_finds() -> None:
@@ -153,14 +154,25 @@ def test_a_full_budget_is_dense_and_a_small_one_is_not(model: Any, probe: Probe)
     assert small.kl_text > 10 * abs(full.kl_text)
 
 
-def test_examples_are_the_same_for_the_same_seed() -> None:
-    def tokenizer(text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) for c in text]}
+def _letters(text: str) -> dict[str, list[int]]:
+    """A tokenizer."""
+    return {"input_ids": [ord(c) for c in text]}
 
+
+def test_a_corpus_shorter_than_an_example_is_refused(tmp_path: Path) -> None:
+    corpus = tmp_path / "short.txt"
+    corpus.write_text("x" * 799)
+    with pytest.raises(UserError, match=r"short.txt has 799 tokens, less than the 800"):
+        make_examples(_letters, 7, corpus, Sizes(800, 2))
+    corpus.write_text("x" * 800)
+    assert len(make_examples(_letters, 7, corpus, Sizes(800, 2))) == 4
+
+
+def test_examples_are_the_same_for_the_same_seed() -> None:
     sizes = Sizes(800, 2)
-    first = make_examples(tokenizer, 7, None, sizes)
-    assert first == make_examples(tokenizer, 7, None, sizes)
-    assert first != make_examples(tokenizer, 8, None, sizes)
+    first = make_examples(_letters, 7, None, sizes)
+    assert first == make_examples(_letters, 7, None, sizes)
+    assert first != make_examples(_letters, 8, None, sizes)
     assert [example.kind for example in first] == ["retrieval", "text"] * 2
     for example in first:
         assert len(example.ids) <= 800 + 200

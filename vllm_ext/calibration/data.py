@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_ext.errors import UserError
+
 TEXT_FORCED_TOKENS = 64  # decode steps compared per text example
 _QUESTION_FORCED_TOKENS = 4  # before a retrieval answer: the question must not drift either
 _SUBJECTS = (
@@ -93,9 +95,19 @@ def text_example(ids: list[int], source: random.Random, num_tokens: int) -> Exam
 def make_examples(
     tokenizer: Any, seed: int, corpus_path: Path | None, sizes: Sizes
 ) -> list[Example]:
-    """Retrieval and text examples by turns, of half to full length; the same for the same seed."""
+    """Retrieval and text examples by turns, of half to full length; the same for the same seed.
+
+    Raises:
+        UserError: the corpus is shorter than an example.
+    """
     source = random.Random(seed)
     texts = [tokenizer(text)["input_ids"] for text in corpora(corpus_path)]
+    shortest = min(len(ids) for ids in texts)
+    if shortest < sizes.context_tokens:
+        raise UserError(
+            f"--corpus {corpus_path} has {shortest} tokens, less than the {sizes.context_tokens} "
+            "of the longest example; give a longer one, or fewer --context-tokens"
+        )
     examples = []
     for number in range(sizes.examples):
         lengths = [
