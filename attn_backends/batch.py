@@ -32,10 +32,11 @@ class PagedBatch:
         """The half-open row range ``[first, last)`` as a batch of its own.
 
         The caller slices query and output to tokens ``[first_token, last_token)``;
-        ``query_start_loc`` is rebased to that slice.
+        ``query_start_loc`` is rebased to that slice; all else are views.
         """
+        starts = self.query_start_loc[first : last + 1]
         return PagedBatch(
-            query_start_loc=self.query_start_loc[first : last + 1] - first_token,
+            query_start_loc=starts - first_token if first_token else starts,
             seq_lens=self.seq_lens[first:last],
             block_table=self.block_table[first:last],
             num_reqs=last - first,
@@ -99,3 +100,13 @@ class BlockSelection:
 
     logical_blocks: torch.Tensor  # [num_reqs, num_kv_heads, max_selected] int32
     counts: torch.Tensor  # [num_reqs, num_kv_heads] int32
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int], device: torch.device) -> BlockSelection:
+        """Buffers of ``[rows, num_kv_heads, width]`` that select nothing."""
+        blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
+        return cls(blocks, torch.zeros(shape[:2], dtype=torch.int32, device=device))
+
+    def rows(self, num_rows: int) -> BlockSelection:
+        """The first rows; views."""
+        return BlockSelection(self.logical_blocks[:num_rows], self.counts[:num_rows])

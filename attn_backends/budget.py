@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
+from attn_backends.batch import BlockSelection, RowOptions
 from attn_backends.config import ConfigError, MethodConfig, at_least, between
-from attn_backends.method import Geometry
-from attn_backends.plan import AnchorState
+from attn_backends.method import Geometry, StepRows
+from attn_backends.plan import (
+    CHOOSING_ROLES,
+    DENSE_LAYER,
+    Anchor,
+    AnchorState,
+    DecodeWay,
+    KeptRows,
+    LayerPlan,
+    LayerRole,
+    LayerSchedule,
+    Reuse,
+    RowReason,
+    StepPlan,
+)
 from attn_backends.recall import RecallWatch
-from attn_backends.reselection import SelectionKeeper
+from attn_backends.reselection import KeptStep, SelectionKeeper
+from attn_backends.windows import WindowLayers
 from kvcache.retention import KeepAll, RetentionPolicy
 
 PRESETS = {  # what a request may name
@@ -70,29 +84,40 @@ class BudgetConfig(MethodConfig):
 
 
 class BudgetSelector:
-    """Owns the selection that anchors fill and sparse layers read.
+    """Owns the selection that anchors fill and reuse layers read, and what is known of it.
 
     Args:
         config: the budgets.
+        schedule: of the layers.
         geometry: of the layers.
         device: of the buffers.
+        reselect_steps: decode steps from one choice of a row to the next.
     """
 
-    keeper: SelectionKeeper | None = None  # methods may choose to keep selections
-
-    def __init__(self, config: BudgetConfig, geometry: Geometry, device: torch.device) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: BudgetConfig,
+        schedule: LayerSchedule,
+        geometry: Geometry,
+        device: torch.device,
+        reselect_steps: int = 1,
+    ) -> None:
+        self._config, self._schedule = config, schedule
         self._block_size = block_size = geometry.block_size
         self._budget_blocks = -(-config.budget_tokens // block_size)
         self._sink_blocks = -(-config.sink_tokens // block_size)
         self._recent_blocks = -(-config.recent_tokens // block_size)
         self._max_blocks = -(-geometry.max_model_len // block_size)
         shape = (geometry.max_num_reqs, geometry.num_kv_heads, self._max_blocks)
-        self._shape = shape
-        self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        self._selection = BlockSelection.empty(shape, device)
+        self._mapped = BlockSelection.empty(shape, device)
         self._mass = torch.zeros(shape, dtype=torch.float32, device=device)
         self._budgets = torch.zeros(shape[0], dtype=torch.int32, device=device)
+        self._head_maps = {
+            layer: torch.tensor(heads, device=device) for layer, heads in schedule.head_maps.items()
+        }
+        self._windows = WindowLayers(schedule, geometry, device)
+        self._leaves_out = bool(schedule.of_role(LayerRole.REUSE, LayerRole.SELF))
         self.watch = RecallWatch(
             config.recall_floor,
             config.guard_patience,
@@ -100,19 +125,75 @@ class BudgetSelector:
             shape[0],
             device,
         )
+        self._keeper = None
+        if reselect_steps > 1:
+            self._keeper = SelectionKeeper(
+                reselect_steps, self._budget_kind, self._anchors, shape, device
+            )
 
-    def select(self, batch: PagedBatch) -> BlockSelection:
-        """See ``Selector.select``: the buffers that anchors will fill."""
-        rows = batch.num_reqs
-        return BlockSelection(self._blocks[:rows], self._counts[:rows])
+    @property
+    def _anchors(self) -> tuple[int, ...]:
+        return self._schedule.of_role(*CHOOSING_ROLES)
 
-    def anchor_state(
-        self, batch: PagedBatch, options: Mapping[int, RowOptions]
-    ) -> AnchorState | None:
-        """See ``Selector.anchor_state``; short and dense rows get a budget for everything."""
-        rows = batch.num_reqs
+    def plan(self, rows: StepRows) -> StepPlan:
+        """See ``Selector.plan``."""
+        self.watch.begin_step(rows.request_ids)
+        self.watch.forget(rows.ended_ids)
+        options = self.watch.guarded(rows.request_ids, rows.options)
+        reasons = self._reasons(rows, options)
+        kept = self._kept(rows, reasons, options)
+        narrowed = [row for row, reason in enumerate(reasons) if reason.is_narrowed]
+        due = None if kept is None else kept.due_rows
+        checked = self.watch.expect(rows.request_ids, narrowed, due)
+        return StepPlan(
+            {
+                **self._windows.plan(rows),
+                **self._layers(
+                    rows.num_decodes,
+                    self._state(rows.seq_lens, options),
+                    {} if kept is None else kept.by_anchor,
+                    torch.tensor(checked, device=self._mass.device) if checked else None,
+                ),
+            },
+            reasons,
+        )
+
+    def _layers(
+        self,
+        num_rows: int,
+        state: AnchorState,
+        kept: Mapping[int, KeptRows],
+        checked: torch.Tensor | None,
+    ) -> dict[int, LayerPlan]:
+        """Plans of the layers that have no window; views of the buffers, made once for all."""
+        selection, mapped = self._selection.rows(num_rows), self._mapped.rows(num_rows)
+        inheriting = self._anchors[1:] if self._schedule.shares_selections else ()
+        ways: dict[int, DecodeWay] = dict.fromkeys(
+            self._schedule.of_role(LayerRole.DENSE), DENSE_LAYER.decode
+        )
+        for layer in self._anchors:
+            everything = self._schedule.roles[layer] is LayerRole.ANCHOR
+            inherits = layer in inheriting
+            ways[layer] = Anchor(selection, state, everything, inherits, kept.get(layer))
+        for layer in self._schedule.of_role(LayerRole.REUSE):
+            ways[layer] = Reuse(selection, state, self._head_maps.get(layer), mapped, checked)
+        return {layer: LayerPlan(way) for layer, way in ways.items()}
+
+    def _kept(
+        self, rows: StepRows, reasons: Sequence[RowReason], options: Mapping[int, RowOptions]
+    ) -> KeptStep | None:
+        ids = [name for name in rows.request_ids if name is not None]
+        if self._keeper is None or rows.seq_lens_cpu is None or len(ids) != rows.num_decodes:
+            return None  # a dummy batch has no ids
+        self._keeper.forget(rows.ended_ids)
+        keys = [(reason, options.get(row)) for row, reason in enumerate(reasons)]
+        return self._keeper.begin_step(ids, rows.seq_lens_cpu.tolist(), keys)
+
+    def _state(self, seq_lens: torch.Tensor, options: Mapping[int, RowOptions]) -> AnchorState:
+        """Short and dense rows get a budget for everything."""
+        rows = len(seq_lens)
         budgets = self._budgets[:rows]
-        budgets.copy_(self._budget_blocks_of(batch.seq_lens, options))
+        budgets.copy_(self._budget_blocks_of(seq_lens, options))
         return AnchorState(
             self._mass[:rows],
             budgets,
@@ -120,6 +201,10 @@ class BudgetSelector:
             self._recent_blocks,
             self.watch.recall[:rows],
         )
+
+    def _budget_kind(self, seq_len: int) -> Hashable:
+        """What the server's budget of a length follows from; another kind chooses anew."""
+        return None
 
     def _budget_blocks_of(
         self, seq_lens: torch.Tensor, options: Mapping[int, RowOptions]
@@ -129,7 +214,7 @@ class BudgetSelector:
 
         Args:
             seq_lens: ``[num_reqs]`` int32.
-            options: as for ``anchor_state``.
+            options: by row index, what was asked for.
 
         Returns:
             ``[num_reqs]`` int32, where ``seq_lens`` is; no host synchronisation.
@@ -154,29 +239,30 @@ class BudgetSelector:
         """The server's budget of each row, a new tensor."""
         return torch.full_like(seq_lens, self._budget_blocks, dtype=torch.int32)
 
-    def span_rule(self, num_reqs: int) -> SpanRule | None:
-        """See ``Selector.span_rule``: all tokens of a selected block count."""
-        return None
-
-    def row_reasons(
-        self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
-    ) -> list[tuple[str, str]]:
-        """See ``Selector.row_reasons``."""
-        budget_tokens = self._budget_blocks_of(seq_lens_cpu, options) * self._block_size
-        keeps_all = (budget_tokens >= seq_lens_cpu).tolist()
+    def _reasons(self, rows: StepRows, options: Mapping[int, RowOptions]) -> list[RowReason]:
+        if rows.seq_lens_cpu is None:
+            return [RowReason.UNKNOWN_LENGTH] * rows.num_decodes
+        budget_tokens = self._budget_blocks_of(rows.seq_lens_cpu, options) * self._block_size
+        keeps_all = (budget_tokens >= rows.seq_lens_cpu).tolist()
         return [
             self._reason(seq_len, keeps_all[row], options.get(row, RowOptions()))
-            for row, seq_len in enumerate(seq_lens_cpu.tolist())
+            for row, seq_len in enumerate(rows.seq_lens_cpu.tolist())
         ]
 
-    def _reason(self, seq_len: int, keeps_all: bool, asked: RowOptions) -> tuple[str, str]:
+    def _reason(self, seq_len: int, keeps_all: bool, asked: RowOptions) -> RowReason:
+        # Not dense while some layer reads its window only.
+        has_gap = self._windows.hide_something(seq_len)
         if asked.is_dense:
-            return ("dense", "guard" if asked.is_guarded else "request_off")
-        if seq_len <= self._config.min_context_tokens:
-            return ("dense", "short_context")
-        if keeps_all:
-            return ("sparse", "everything_kept")
-        return ("sparse", "guard_raised" if asked.is_guarded else "selected")
+            reason = RowReason.GUARD if asked.is_guarded else RowReason.REQUEST_OFF
+        elif seq_len <= self._config.min_context_tokens:
+            reason = RowReason.SHORT_CONTEXT
+        elif not self._leaves_out:
+            reason = RowReason.NO_SPARSE_LAYERS
+        elif keeps_all:
+            reason = RowReason.EVERYTHING_KEPT
+        else:
+            return RowReason.GUARD_RAISED if asked.is_guarded else RowReason.SELECTED
+        return RowReason.WINDOW_LAYERS if has_gap else reason
 
 
 def prompts_cached(config: BudgetConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:

@@ -1,19 +1,43 @@
 """What one attention layer does with the rows of a step: tensors and a plan, no engine.
 
-Decode rows go the way of the layer's role (``LayerRole``), prefill rows beside them through
+Decode rows go the way of the layer's plan (``plan.DecodeWay``), prefill rows beside them through
 ``paged_attention``; keys and values of all of them are in the cache already.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch
 from attn_backends.ops.resolution import Ops
-from attn_backends.plan import SELECTING_ROLES, AnchorState, DecodePlan, KeptRows, LayerRole
+from attn_backends.plan import Anchor, AnchorState, Dense, LayerPlan, Reuse, Selected
 from attn_backends.recall import SERVED, inherited_recall, own_recall, served_recall
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The rows of one step: decode rows (one query token each) first, prefill rows after them.
+
+    Attributes:
+        decode: None where there is no decode row.
+        prefill: None where there is no prefill row.
+    """
+
+    decode: PagedBatch | None
+    prefill: PagedBatch | None
+
+    @property
+    def num_decodes(self) -> int:
+        """Decode rows, and their tokens."""
+        return 0 if self.decode is None else self.decode.num_reqs
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of all rows, padding apart."""
+        return self.num_decodes + (0 if self.prefill is None else self.prefill.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -21,15 +45,15 @@ class LayerStep:
     """One layer in one step.
 
     Attributes:
-        name: the engine's, by which the plan knows the layer.
-        plan: of the step, for this layer.
-        ops: what serves it.
+        plan: of the layer.
+        batch: the rows, with the block table of the layer.
+        ops: what serves them.
         views: key and value cache, ``[num_blocks, num_kv_heads, block_size, head_size]``.
         scale: of the scores.
     """
 
-    name: str
-    plan: DecodePlan
+    plan: LayerPlan
+    batch: StepBatch
     ops: Ops
     views: tuple[torch.Tensor, torch.Tensor]
     scale: float
@@ -41,124 +65,143 @@ class LayerStep:
             query: ``[num_tokens, num_heads, head_size]``, possibly padded at the end.
             out: like ``query``; written in place, padding apart.
         """
-        plan, role = self.plan, self.plan.roles[self.name]
-        if plan.decode is not None:
-            rows = slice(0, plan.num_decode_tokens)
-            self._decode(role, plan.decode, query[rows], out[rows])
-        if plan.prefill is not None:
-            rows = slice(plan.num_decode_tokens, plan.num_tokens)
-            # The rule is the selecting layers'; a dense layer beside them reads everything.
-            rule = None if role is LayerRole.DENSE else plan.prefill_rule
+        num_decodes = self.batch.num_decodes
+        if self.batch.decode is not None:
+            self._decode(self.batch.decode, query[:num_decodes], out[:num_decodes])
+        prefill = self.batch.prefill
+        if prefill is not None:
+            tokens = slice(num_decodes, num_decodes + prefill.num_tokens)
+            rule = self.plan.rule
+            if rule is not None:
+                rule = rule.rows(num_decodes, num_decodes + prefill.num_reqs)
             self.ops.paged_attention.run(
-                query[rows], *self.views, plan.prefill, rule, self.scale, out[rows]
+                query[tokens], *self.views, prefill, rule, self.scale, out[tokens]
             )
 
-    def _decode(
-        self, role: LayerRole, decode: PagedBatch, query: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        plan, ops = self.plan, self.ops
-        if plan.decodes_densely or role is LayerRole.DENSE:
-            ops.anchor_decode.run(query, *self.views, decode, self.scale, out, None)
-            return
-        selection = plan.selection
-        assert selection is not None
-        if role in SELECTING_ROLES:
-            assert plan.anchor is not None
-            if plan.kept is not None:
-                self._reselect(plan.anchor, plan.kept, selection, query)
-            else:
-                attended = out if role is LayerRole.ANCHOR else None
-                self._select(query, decode, plan.anchor, selection, attended)
-        if role is LayerRole.ANCHOR:
-            return
-        head_map = plan.head_maps.get(self.name)
-        if head_map is not None:
-            selection = BlockSelection(
-                selection.logical_blocks[:, head_map], selection.counts[:, head_map]
-            )
-        if role is LayerRole.REUSE and plan.checked is not None:
-            assert plan.anchor is not None
-            self._check(plan.anchor, plan.checked.rows, plan.checked.batch, query, selection)
-        ops.sparse_decode.run(
-            query, *self.views, decode, selection, plan.decode_rule, self.scale, out
-        )
+    def _decode(self, decode: PagedBatch, query: torch.Tensor, out: torch.Tensor) -> None:
+        way = self.plan.decode
+        match way:
+            case Dense():
+                self.ops.anchor_decode.run(query, *self.views, decode, self.scale, out, None)
+            case Selected():
+                self._read(way.selection, decode, query, out)
+            case Anchor():
+                self._anchor(way, decode, query, out)
+            case Reuse():
+                selection = _mapped(way)
+                if way.checked is not None:
+                    self._check(way.state, way.checked, decode, query, selection)
+                self._read(selection, decode, query, out)
+            case _:
+                assert_never(way)
 
-    def _select(
+    def _read(
         self,
-        query: torch.Tensor,
-        decode: PagedBatch,
-        anchor: AnchorState,
         selection: BlockSelection,
-        attended: torch.Tensor | None,
+        decode: PagedBatch,
+        query: torch.Tensor,
+        out: torch.Tensor,
     ) -> None:
-        """Overwrites ``selection``, the anchor's before, with this layer's choice."""
-        self.ops.anchor_decode.run(
-            query, *self.views, decode, self.scale, attended, anchor.block_mass
-        )
-        own, inherited, _ = anchor.recall.unbind(1)
-        if self.name in self.plan.inheriting:
-            before = inherited_recall(anchor.block_mass, selection)
-            torch.minimum(inherited, before, out=inherited)
-        self._choose(anchor, decode, selection)
-        torch.minimum(own, own_recall(anchor.block_mass, selection), out=own)
+        rule = None if self.plan.rule is None else self.plan.rule.rows(0, decode.num_reqs)
+        self.ops.sparse_decode.run(query, *self.views, decode, selection, rule, self.scale, out)
 
-    def _choose(self, anchor: AnchorState, decode: PagedBatch, into: BlockSelection) -> None:
-        """The best blocks by ``anchor.block_mass``."""
+    def _anchor(
+        self, way: Anchor, decode: PagedBatch, query: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        if way.kept is None:
+            attended = out if way.attends_everything else None
+            self._choose(way, decode, query, attended)
+        else:
+            self._rechoose(way, decode, query)
+        if not way.attends_everything:
+            self._read(way.selection, decode, query, out)
+
+    def _choose(
+        self, way: Anchor, decode: PagedBatch, query: torch.Tensor, attended: torch.Tensor | None
+    ) -> None:
+        """Overwrites the selection, the anchor's before, with this layer's choice."""
+        state = way.state
+        self.ops.anchor_decode.run(
+            query, *self.views, decode, self.scale, attended, state.block_mass
+        )
+        own, inherited, _ = state.recall.unbind(1)
+        if way.inherits:
+            before = inherited_recall(state.block_mass, way.selection)
+            torch.minimum(inherited, before, out=inherited)
+        self._best(state, decode, way.selection)
+        torch.minimum(own, own_recall(state.block_mass, way.selection), out=own)
+
+    def _best(self, state: AnchorState, decode: PagedBatch, into: BlockSelection) -> None:
+        """The best blocks by ``state.block_mass``."""
         self.ops.block_topk.run(
-            anchor.block_mass,
+            state.block_mass,
             decode.seq_lens,
             self.views[0].shape[2],
-            anchor.budget_blocks,
-            anchor.sink_blocks,
-            anchor.recent_blocks,
+            state.budget_blocks,
+            state.sink_blocks,
+            state.recent_blocks,
             into,
         )
 
-    def _reselect(
-        self, anchor: AnchorState, kept: KeptRows, selection: BlockSelection, query: torch.Tensor
-    ) -> None:
-        """Rows that are due select and keep what they selected; then all read what is kept."""
-        store = kept.stores[self.name]
+    def _rechoose(self, way: Anchor, decode: PagedBatch, query: torch.Tensor) -> None:
+        """Rows that are due choose and keep what they chose; then all read what is kept."""
+        kept, selection = way.kept, way.selection
+        if kept is None:
+            return
         if kept.due is not None:
-            rows = kept.due.rows
-            due = _of_rows(anchor, rows)
-            chosen = BlockSelection(selection.logical_blocks[rows], selection.counts[rows])
-            self._select(query[rows], kept.due.batch, due, chosen, None)
-            anchor.recall[rows] = due.recall
-            slots = kept.slots[rows]
-            store.logical_blocks[slots] = chosen.logical_blocks
-            store.counts[slots] = chosen.counts
-        torch.index_select(store.logical_blocks, 0, kept.slots, out=selection.logical_blocks)
-        torch.index_select(store.counts, 0, kept.slots, out=selection.counts)
+            state = _of_rows(way.state, kept.due)
+            chosen = _selection_of_rows(selection, kept.due)
+            due = replace(way, selection=chosen, state=state, kept=None)
+            self._choose(due, decode.decode_rows(kept.due), query[kept.due], None)
+            way.state.recall[kept.due] = state.recall
+            slots = kept.slots[kept.due]
+            kept.store.logical_blocks[slots] = chosen.logical_blocks
+            kept.store.counts[slots] = chosen.counts
+        torch.index_select(kept.store.logical_blocks, 0, kept.slots, out=selection.logical_blocks)
+        torch.index_select(kept.store.counts, 0, kept.slots, out=selection.counts)
 
     def _check(
         self,
-        anchor: AnchorState,
+        state: AnchorState,
         rows: torch.Tensor,
-        checked: PagedBatch,
+        decode: PagedBatch,
         query: torch.Tensor,
         selection: BlockSelection,
     ) -> None:
         """Lowers the checked rows' served recall to this layer's; its output is not touched."""
         # The last anchor's masses have been used: their memory holds this layer's.
-        own = _of_rows(anchor, rows)
+        own = _of_rows(state, rows)
+        checked = decode.decode_rows(rows)
         self.ops.anchor_decode.run(
             query[rows], *self.views, checked, self.scale, None, own.block_mass
         )
-        given = BlockSelection(selection.logical_blocks[rows], selection.counts[rows])
+        given = _selection_of_rows(selection, rows)
         best = BlockSelection(
             torch.empty_like(given.logical_blocks), torch.empty_like(given.counts)
         )
-        self._choose(own, checked, best)
-        served = anchor.recall[:, SERVED]
+        self._best(own, checked, best)
+        served = state.recall[:, SERVED]
         served[rows] = torch.minimum(served[rows], served_recall(own.block_mass, given, best))
 
 
-def _of_rows(anchor: AnchorState, rows: torch.Tensor) -> AnchorState:
+def _mapped(way: Reuse) -> BlockSelection:
+    """The selection, each KV head with that of the anchor's head it follows."""
+    if way.head_map is None or way.mapped is None:
+        return way.selection
+    torch.index_select(way.selection.logical_blocks, 1, way.head_map, out=way.mapped.logical_blocks)
+    torch.index_select(way.selection.counts, 1, way.head_map, out=way.mapped.counts)
+    return way.mapped
+
+
+def _selection_of_rows(selection: BlockSelection, rows: torch.Tensor) -> BlockSelection:
+    return BlockSelection(selection.logical_blocks[rows], selection.counts[rows])
+
+
+def _of_rows(state: AnchorState, rows: torch.Tensor) -> AnchorState:
     """The state of some rows; masses are written anew, the rest is copied."""
     return replace(
-        anchor,
-        block_mass=anchor.block_mass[: len(rows)],
-        budget_blocks=anchor.budget_blocks[rows],
-        recall=anchor.recall[rows],
+        state,
+        block_mass=state.block_mass[: len(rows)],
+        budget_blocks=state.budget_blocks[rows],
+        recall=state.recall[rows],
     )

@@ -1,23 +1,17 @@
-"""What a sparse-decode method is: a config, a schedule, a selection, and honest limits."""
+"""What a sparse-decode method is: a config, a schedule, a selector, and honest limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
+from attn_backends.batch import RowOptions
 from attn_backends.config import MethodConfig
-from attn_backends.plan import AnchorState, LayerSchedule
-from attn_backends.recall import RecallWatch
-from attn_backends.reselection import SelectionKeeper
+from attn_backends.plan import LayerSchedule, StepPlan
 from kvcache.retention import KeepAll, RetentionPolicy
-
-# What ``Selector.row_reasons`` says of rows that leave something out of what they read: their
-# recall is watched and they are audited.
-SELECTING = (("sparse", "selected"), ("sparse", "guard_raised"))
 
 
 @dataclass(frozen=True)
@@ -34,52 +28,42 @@ class Geometry:
     model_path: str = ""  # folder or hub name, for finding a shipped profile
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """What a selector must know about the rows of a step, decode rows first.
+
+    Attributes:
+        seq_lens: ``[num_decodes]`` int32 on the device, tokens of the decode rows, the current
+            one included.
+        seq_lens_cpu: the same on the host, possibly an upper bound; None where nobody knows.
+        num_rows: decode and prefill rows.
+        request_ids: of the decode rows; empty where the engine does not tell them.
+        options: by index of the decode row, for rows whose request asked for something itself.
+        ended_ids: requests that ended since the step before.
+    """
+
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor | None
+    num_rows: int
+    request_ids: Sequence[str | None] = ()
+    options: Mapping[int, RowOptions] = field(default_factory=dict)
+    ended_ids: Collection[str] = ()
+
+    @property
+    def num_decodes(self) -> int:
+        """Decode rows."""
+        return len(self.seq_lens)
+
+
 class Selector(Protocol):
-    """Chooses the blocks that decode rows read; owns persistent buffers."""
+    """Plans what decode rows read; owns persistent buffers."""
 
-    @property
-    def watch(self) -> RecallWatch | None:
-        """What anchors find out about their selections; None for methods without anchors."""
-        ...
+    def plan(self, rows: StepRows) -> StepPlan:
+        """The plan of a step, made once for all layers, without host synchronisation.
 
-    @property
-    def keeper(self) -> SelectionKeeper | None:
-        """What rows selected in earlier steps; None where every step selects anew."""
-        ...
-
-    def select(self, batch: PagedBatch) -> BlockSelection:
-        """Selection for decode rows, once per step, without host synchronisation.
-
-        The returned tensors are views of persistent buffers, valid until the next call. Where
-        ``anchor_state`` gives one, anchor layers fill them, and their content is undefined
-        until the first anchor has run.
-        """
-        ...
-
-    def anchor_state(
-        self, batch: PagedBatch, options: Mapping[int, RowOptions]
-    ) -> AnchorState | None:
-        """What anchor layers need, or None for methods without anchors.
-
-        Args:
-            batch: the decode rows.
-            options: by row index, for rows whose request asked for something itself.
-        """
-        ...
-
-    def span_rule(self, num_reqs: int) -> SpanRule | None:
-        """Token rule for ``num_reqs`` rows, or None where all tokens of a block count."""
-        ...
-
-    def row_reasons(
-        self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
-    ) -> list[tuple[str, str]]:
-        """Which way each decode row goes: (path, reason), the labels of the metric. Rows that
-        leave something out have one of ``SELECTING``.
-
-        Args:
-            seq_lens_cpu: ``[num_reqs]`` on the host.
-            options: as for ``anchor_state``.
+        Its tensors are views of persistent buffers, valid until the next call. For a given
+        number of rows they are the same ones in every step, and so are the ways that layers go;
+        a step in which a guard checks or kept selections are read may differ, on CPUs alone.
         """
         ...
 
@@ -107,7 +91,8 @@ class SparseMethod:
         paper: source.
         config_cls: frozen dataclass of the method's settings.
         schedule: ``(config, geometry) -> LayerSchedule``.
-        make_selector: ``(config, geometry, device) -> Selector``.
+        make_selector: ``(config, schedule, geometry, device) -> Selector``, with the method's
+            own schedule.
         capabilities: what it reads and frees, and where it does not work.
         takes_row_options: whether a request may choose its budget, or dense.
         retention: ``(config, geometry) -> `` the policy of each layer; default: all is kept.

@@ -1,24 +1,34 @@
-"""What one step does: roles of the layers, and the plan made once per batch."""
+"""What one step does: roles of the layers, and the plan made once per step.
+
+A layer's plan is one of a few frozen records, each with just what it needs. Which ops a layer then
+runs, on which buffers, follows from the records' types and the number of rows alone: lengths,
+budgets and options are data in persistent buffers (docs/adr/0012), so that a graph captured for a
+number of rows is right for every such batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
+from attn_backends.batch import BlockSelection, SpanRule
+from kvcache.spans import Span
 
 
 class LayerRole(Enum):
     """What a layer does with its decode rows; fixed per layer index, never by tensor values."""
 
     DENSE = "dense"
-    """Reads every kept block through ``paged_attention``."""
+    """Reads every kept block."""
     SELECTED = "selected"
-    """Reads a selection that the builder computed, through ``sparse_decode``."""
+    """Reads a selection that was computed when the step was planned."""
+    WINDOW = "window"
+    """Reads what each KV head's span shows it (``LayerSchedule.spans``), in prefill too."""
     ANCHOR = "anchor"
-    """Reads everything and selects blocks for the layers after it (``anchor_decode``)."""
+    """Reads everything and chooses blocks for the layers after it."""
     REUSE = "reuse"
     """Reads the last anchor's selection, through its head map."""
     SELF = "self"
@@ -29,24 +39,15 @@ class LayerRole(Enum):
     for it. What a dropped layer would have added is lost to every later layer."""
 
 
-SELECTING_ROLES = frozenset({LayerRole.ANCHOR, LayerRole.SELF})
+CHOOSING_ROLES = frozenset({LayerRole.ANCHOR, LayerRole.SELF})
 
 
 @dataclass(frozen=True)
 class Window:
-    """What a layer with a window of its own reads: the first and the last tokens, in prefill too.
-
-    The query at position ``p`` sees token ``t <= p`` iff ``t < sink_tokens`` or
-    ``t > p - window_tokens``.
-    """
+    """A policy's window."""
 
     sink_tokens: int
     window_tokens: int
-
-    @property
-    def reach_tokens(self) -> int:
-        """Length up to which a context is read whole."""
-        return self.sink_tokens + self.window_tokens
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,16 @@ class LayerSchedule:
         roles: the role of each layer.
         head_maps: for REUSE layers whose KV heads do not follow the anchor's head of the same
             index: the anchor's KV head that each KV head follows.
-        windows: of SELECTED layers whose selection is a window of their own, whatever the
-            method selects for the others.
+        spans: of the WINDOW layers, and of no others: what each KV head sees.
 
     Raises:
-        ValueError: no layers, all of them dropped, or a REUSE layer without an anchor before it.
+        ValueError: no layers, all of them dropped, a REUSE layer without an anchor before it, or
+            spans of other layers than the WINDOW ones.
     """
 
     roles: tuple[LayerRole, ...]
     head_maps: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    windows: dict[int, Window] = field(default_factory=dict)
+    spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.roles:
@@ -74,16 +75,37 @@ class LayerSchedule:
         if len(self.dropped) == len(self.roles):
             raise ValueError("LayerSchedule.roles drops every layer; keep at least one")
         for layer, role in enumerate(self.roles):
-            if role is LayerRole.REUSE and not SELECTING_ROLES & set(self.roles[:layer]):
+            if role is LayerRole.REUSE and not CHOOSING_ROLES & set(self.roles[:layer]):
                 raise ValueError(f"layer {layer} reuses a selection, but no anchor is before it")
+        windows = set(self.of_role(LayerRole.WINDOW))
+        if windows != set(self.spans):
+            raise ValueError(
+                f"LayerSchedule.spans has layers {sorted(self.spans)}, but the WINDOW layers are "
+                f"{sorted(windows)}"
+            )
+
+    def of_role(self, *roles: LayerRole) -> tuple[int, ...]:
+        """Indices of the layers that have one of these roles."""
+        return tuple(i for i, role in enumerate(self.roles) if role in roles)
 
     @property
     def dropped(self) -> tuple[int, ...]:
         """Indices of the DROP layers."""
-        return tuple(i for i, role in enumerate(self.roles) if role is LayerRole.DROP)
+        return self.of_role(LayerRole.DROP)
 
-    def with_selecting_anchors(self) -> LayerSchedule:
-        """Anchors attend what they select only: ANCHOR becomes SELF (docs/adr/0009)."""
+    @property
+    def shares_selections(self) -> bool:
+        """Whether layers read what others chose."""
+        return LayerRole.REUSE in self.roles
+
+    @property
+    def narrows_decode_only(self) -> bool:
+        """Whether prefill reads everything that decode leaves out."""
+        narrowing = {LayerRole.REUSE, LayerRole.SELF} & {*self.roles}
+        return bool(narrowing) and LayerRole.WINDOW not in self.roles
+
+    def with_narrow_anchors(self) -> LayerSchedule:
+        """Anchors attend what they choose only: ANCHOR becomes SELF (docs/adr/0009)."""
         roles = (LayerRole.SELF if role is LayerRole.ANCHOR else role for role in self.roles)
         return replace(self, roles=tuple(roles))
 
@@ -93,9 +115,28 @@ class LayerSchedule:
         return cls((role,) * num_layers)
 
 
+class RowReason(Enum):
+    """Which way a decode row goes and why: the labels ``path`` and ``reason`` of the metric."""
+
+    SELECTED = ("sparse", "selected")
+    EVERYTHING_KEPT = ("sparse", "everything_kept")
+    GUARD_RAISED = ("sparse", "guard_raised")
+    WINDOW_LAYERS = ("sparse", "window_layers")
+    UNKNOWN_LENGTH = ("sparse", "unknown_length")
+    SHORT_CONTEXT = ("dense", "short_context")
+    REQUEST_OFF = ("dense", "request_off")
+    GUARD = ("dense", "guard")
+    NO_SPARSE_LAYERS = ("dense", "no_sparse_layers")
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether anchors' choices leave something out: recall is watched, rows are audited."""
+        return self in (RowReason.SELECTED, RowReason.GUARD_RAISED)
+
+
 @dataclass(frozen=True)
 class AnchorState:
-    """What anchor layers need to fill the plan's selection; views of persistent buffers."""
+    """What anchors write and choose by; views of persistent buffers, the same for all anchors."""
 
     block_mass: torch.Tensor  # [num_reqs, num_kv_heads, max_blocks] fp32
     budget_blocks: torch.Tensor  # [num_reqs] int32
@@ -105,50 +146,96 @@ class AnchorState:
 
 
 @dataclass(frozen=True)
-class RowSubset:
-    """Some of the decode rows."""
-
-    rows: torch.Tensor  # [n] int64
-    batch: PagedBatch  # these rows alone
-
-    @classmethod
-    def of(cls, decode: PagedBatch, rows: list[int]) -> RowSubset | None:
-        """Rows of ``decode`` by index; None for none of them."""
-        if not rows:
-            return None
-        indices = torch.tensor(rows, device=decode.seq_lens.device)
-        return cls(indices, decode.decode_rows(indices))
-
-
-@dataclass(frozen=True)
 class KeptRows:
-    """A step in which rows may read what they selected in an earlier one (reselection.py)."""
+    """A step in which rows may read what they chose in an earlier one (reselection.py)."""
 
-    due: RowSubset | None  # rows that select anew
-    slots: torch.Tensor  # [num_reqs] int64, of each decode row in the stores
-    stores: dict[str, BlockSelection]  # by the anchor's layer name; a row per slot
+    due: torch.Tensor | None  # [n] int64, rows that choose anew; None: none does
+    slots: torch.Tensor  # [num_reqs] int64, of each decode row in the store
+    store: BlockSelection  # this anchor's; a row per slot
 
 
 @dataclass(frozen=True)
-class DecodePlan:
-    """Everything the layers of one step share.
+class Dense:
+    """Decode rows read everything."""
 
-    Decode rows (one query token) come first in the batch, prefill rows after them; each
-    part is served by its own op, and none is sent dense because of the other.
+
+@dataclass(frozen=True)
+class Selected:
+    """Decode rows read a selection that is there when the step begins."""
+
+    selection: BlockSelection
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Decode rows score all keys and choose."""
+
+    selection: BlockSelection  # the anchor's before, then this one's
+    state: AnchorState
+    attends_everything: bool  # or what it chose
+    inherits: bool  # another anchor is before it
+    kept: KeptRows | None = None  # None: every row chooses anew
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Decode rows read the last anchor's selection."""
+
+    selection: BlockSelection
+    state: AnchorState
+    head_map: torch.Tensor | None = None  # [num_kv_heads] int64, the anchor's head of each
+    mapped: BlockSelection | None = None  # buffers for a selection under a head map
+    checked: torch.Tensor | None = None  # [n] int64, rows whose recall is measured
+
+
+DecodeWay = Dense | Selected | Anchor | Reuse
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer does in one step.
+
+    Attributes:
+        decode: the way of the decode rows.
+        rule: which tokens each row and KV head sees, prefill rows as well; None: all of them.
     """
 
-    num_tokens: int
-    num_decode_tokens: int
-    decode: PagedBatch | None
-    prefill: PagedBatch | None
-    selection: BlockSelection | None  # of the decode rows; written by anchors where there are any
-    anchor: AnchorState | None
-    decode_rule: SpanRule | None
-    prefill_rule: SpanRule | None
-    decodes_densely: bool  # no decode row is sparse: selecting would cost and change nothing
-    roles: dict[str, LayerRole]  # by the engine's layer name
-    head_maps: dict[str, torch.Tensor]  # of REUSE layers that need one: [num_kv_heads] int64
-    inheriting: frozenset[str]  # anchors with another one before them
-    selecting_rows: list[int]  # decode rows that leave something out
-    checked: RowSubset | None  # rows whose REUSE layers measure their recall
-    kept: KeptRows | None  # None: every row selects anew
+    decode: DecodeWay
+    rule: SpanRule | None = None
+
+
+DENSE_LAYER = LayerPlan(Dense())
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What all layers do in one step.
+
+    Attributes:
+        layers: by layer index, all but the dropped ones.
+        reasons: of the decode rows.
+    """
+
+    layers: Mapping[int, LayerPlan]
+    reasons: Sequence[RowReason]
+
+    @property
+    def narrowed_rows(self) -> list[int]:
+        """Decode rows of which anchors' choices leave something out."""
+        return [row for row, reason in enumerate(self.reasons) if reason.is_narrowed]
+
+
+def reading_everything(plan: LayerPlan, row: int) -> LayerPlan:
+    """The plan with a budget for everything in one row, for an audit of this step.
+
+    Layers with a window keep it: what is outside may be freed. Nothing is kept or checked.
+    """
+    way = plan.decode
+    if not isinstance(way, Anchor | Reuse):
+        return plan
+    budgets = way.state.budget_blocks.clone()
+    budgets[row] = way.state.block_mass.shape[2]
+    state = replace(way.state, budget_blocks=budgets)
+    if isinstance(way, Anchor):
+        return replace(plan, decode=replace(way, state=state, kept=None))
+    return replace(plan, decode=replace(way, state=state, checked=None))

@@ -135,52 +135,41 @@ class RecallWatch:
         self.shown: dict[Hashable, float] = {}  # of these totals, by whoever shows them
         self._floor, self._patience, self._interval_steps = floor, patience, interval_steps
         self._requests: dict[str, _Request] = {}
-        self._step = -1
-        self._sparse: dict[int, str] = {}  # this step's sparse rows and their request ids
-        self._checked: list[int] | None = None  # those that are checked; None: not yet chosen
-        self._selecting: Collection[int] | None = None  # this step's; None: all rows
+        self._narrowed: dict[int, str] = {}  # this step's narrowed rows and their request ids
+        self._checked: Sequence[int] = ()  # those that are checked
+        self._choosing: Collection[int] | None = None  # this step's; None: all rows
 
-    def begin_step(self, step: int, row_ids: Sequence[str | None]) -> bool:
-        """Takes in the step before; called again in the same step (by another KV group) it
-        does nothing.
+    def begin_step(self, row_ids: Sequence[str | None]) -> None:
+        """Takes in the step before; called once per step.
 
         Args:
-            step: any number that differs from step to step.
             row_ids: request ids of this step's decode rows.
-
-        Returns:
-            Whether this was the step's first call.
         """
-        if step == self._step:
-            return False
-        self._step = step
-        if self._sparse:
-            self._take_in(self.recall[list(self._sparse)].tolist())
-        self._sparse, self._checked = {}, None
+        if self._narrowed:
+            self._take_in(self.recall[list(self._narrowed)].tolist())
+        self._narrowed, self._checked = {}, ()
         self.recall[: len(row_ids)].fill_(1.0)
-        return True
 
     def expect(
         self,
         row_ids: Sequence[str | None],
-        sparse_rows: Iterable[int],
-        selecting_rows: Collection[int] | None = None,
-    ) -> list[int]:
-        """Which rows of this step are sparse: only their recall counts.
+        narrowed_rows: Iterable[int],
+        choosing_rows: Collection[int] | None = None,
+    ) -> Sequence[int]:
+        """Which rows of this step leave something out: only their recall counts.
 
         Args:
             row_ids: request ids of the decode rows.
-            sparse_rows: those that leave something out.
-            selecting_rows: those that select in this step, and see what it covers; None: all.
+            narrowed_rows: those that leave something out.
+            choosing_rows: those that choose in this step, and see what it covers; None: all.
 
         Returns:
-            Those that reuse layers must check; the same for every call in a step.
+            Those that reuse layers must check.
         """
-        if self._checked is None:
-            ids = ((row, row_ids[row]) for row in sparse_rows if row < len(row_ids))
-            self._sparse = {row: name for row, name in ids if name is not None}
-            self._selecting = selecting_rows
-            self._checked = [row for row, name in self._sparse.items() if self._is_due(name)]
+        ids = ((row, row_ids[row]) for row in narrowed_rows if row < len(row_ids))
+        self._narrowed = {row: name for row, name in ids if name is not None}
+        self._choosing = choosing_rows
+        self._checked = [row for row, name in self._narrowed.items() if self._is_due(name)]
         return self._checked
 
     def _is_due(self, request_id: str) -> bool:
@@ -193,11 +182,11 @@ class RecallWatch:
         return (state.steps - 1) % self._interval_steps == 0
 
     def _take_in(self, recalls: list[list[float]]) -> None:
-        for (row, request_id), values in zip(self._sparse.items(), recalls, strict=True):
-            is_checked = row in (self._checked or ())
-            has_selected = self._selecting is None or row in self._selecting
+        for (row, request_id), values in zip(self._narrowed.items(), recalls, strict=True):
+            is_checked = row in self._checked
+            has_chosen = self._choosing is None or row in self._choosing
             for kind, value in zip(KINDS, values, strict=True):
-                if is_checked if kind == KINDS[SERVED] else has_selected:
+                if is_checked if kind == KINDS[SERVED] else has_chosen:
                     self._count(kind, value)
             if is_checked:
                 self._guard(self._requests[request_id], values[SERVED])

@@ -16,19 +16,30 @@ back.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from attn_backends.batch import BlockSelection
+from attn_backends.plan import KeptRows
+
+
+@dataclass(frozen=True)
+class KeptStep:
+    """What a step does with kept selections: the rows that choose anew, and each anchor's."""
+
+    due_rows: list[int]
+    by_anchor: dict[int, KeptRows]  # by layer index
 
 
 class SelectionKeeper:
-    """Which rows select anew in a step, and where the others' selections lie.
+    """Which rows choose anew in a step, and where the others' selections lie.
 
     Args:
-        reselect_steps: positions from one selection to the next, at least 2.
-        budget_of: what the server's budget of a length follows from; another such thing than
-            before selects anew.
+        reselect_steps: positions from one choice to the next, at least 2.
+        budget_kind: what the server's budget of a length follows from; another kind than before
+            chooses anew.
+        anchors: indices of the layers that choose.
         shape: of a selection buffer, ``[max_num_reqs, num_kv_heads, max_blocks]``.
         device: of the buffers.
     """
@@ -36,62 +47,54 @@ class SelectionKeeper:
     def __init__(
         self,
         reselect_steps: int,
-        budget_of: Callable[[int], Hashable],
+        budget_kind: Callable[[int], Hashable],
+        anchors: Iterable[int],
         shape: tuple[int, int, int],
         device: torch.device,
     ) -> None:
-        self.stores: dict[str, BlockSelection] = {}
-        self._reselect_steps, self._budget_of = reselect_steps, budget_of
-        self._shape, self._device = shape, device
+        self._stores = {layer: BlockSelection.empty(shape, device) for layer in anchors}
+        self._reselect_steps, self._budget_kind = reselect_steps, budget_kind
+        self._device = device
         self._slots: dict[str, int] = {}
         self._free = list(range(shape[0]))
-        self._selected: dict[str, tuple[int, Hashable]] = {}  # position and key, by request
-        self._step = -1
-        self._due: list[int] = []
-
-    def add_layer(self, name: str) -> None:
-        """Makes the store of an anchor layer."""
-        blocks = torch.full(self._shape, -1, dtype=torch.int32, device=self._device)
-        counts = torch.zeros(self._shape[:2], dtype=torch.int32, device=self._device)
-        self.stores[name] = BlockSelection(blocks, counts)
+        self._chosen: dict[str, tuple[int, Hashable]] = {}  # position and key, by request
 
     def begin_step(
-        self, step: int, row_ids: Sequence[str], seq_lens: Sequence[int], keys: Sequence[Hashable]
-    ) -> tuple[list[int], list[int]]:
-        """Called once per step and KV group; the calls of a step give the same answer.
+        self, row_ids: Sequence[str], seq_lens: Sequence[int], keys: Sequence[Hashable]
+    ) -> KeptStep:
+        """Called once per step.
 
         Args:
-            step: any number that differs from step to step.
             row_ids: request ids of the decode rows.
             seq_lens: their tokens, the current one included.
             keys: what a row's budget depends on besides its length; another key than before
-                selects anew.
-
-        Returns:
-            The rows that select anew, and each row's slot.
+                chooses anew.
         """
-        if step != self._step:
-            self._step = step
-            rows = zip(row_ids, seq_lens, keys, strict=True)
-            self._due = [
-                row
-                for row, (name, seq_len, key) in enumerate(rows)
-                if self._is_due(name, seq_len, (key, self._budget_of(seq_len)))
-            ]
-        return self._due, [self._slot(name, row_ids) for name in row_ids]
+        rows = zip(row_ids, seq_lens, keys, strict=True)
+        due_rows = [
+            row
+            for row, (name, seq_len, key) in enumerate(rows)
+            if self._is_due(name, seq_len, (key, self._budget_kind(seq_len)))
+        ]
+        due = torch.tensor(due_rows, device=self._device) if due_rows else None
+        slots = torch.tensor(
+            [self._slot(name, row_ids) for name in row_ids], dtype=torch.int64, device=self._device
+        )
+        stores = self._stores.items()
+        return KeptStep(due_rows, {layer: KeptRows(due, slots, own) for layer, own in stores})
 
     def _is_due(self, name: str, seq_len: int, key: Hashable) -> bool:
         position = seq_len - 1
         start = position - position % self._reselect_steps
-        last, last_key = self._selected.get(name, (-1, None))
+        last, last_key = self._chosen.get(name, (-1, None))
         if start <= last <= position and key == last_key:
             return False
-        self._selected[name] = (position, key)
+        self._chosen[name] = (position, key)
         return True
 
     def _slot(self, name: str, running: Sequence[str]) -> int:
         if name not in self._slots:
-            if not self._free:  # a preempted request gives way, and selects anew when it is back
+            if not self._free:  # a preempted request gives way, and chooses anew when it is back
                 self.forget([next(held for held in self._slots if held not in running)])
             self._slots[name] = self._free.pop()
         return self._slots[name]
@@ -99,6 +102,6 @@ class SelectionKeeper:
     def forget(self, request_ids: Iterable[str]) -> None:
         """Requests that ended."""
         for name in request_ids:
-            self._selected.pop(name, None)
+            self._chosen.pop(name, None)
             if name in self._slots:
                 self._free.append(self._slots.pop(name))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
-from attn_backends.batch import PagedBatch
+from attn_backends.batch import PagedBatch, RowOptions
+from attn_backends.method import StepRows
+from attn_backends.plan import Anchor, AnchorState, StepPlan
 
 
 def decode_batch(seq_lens: list[int], block_table: torch.Tensor | None = None) -> PagedBatch:
@@ -26,3 +30,26 @@ def decode_batch(seq_lens: list[int], block_table: torch.Tensor | None = None) -
         max_query_len=1,
         max_seq_len=max(seq_lens),
     )
+
+
+def step_rows(
+    seq_lens: Sequence[int],
+    options: Mapping[int, RowOptions] | None = None,
+    request_ids: Sequence[str | None] = (),
+    num_prefills: int = 0,
+) -> StepRows:
+    """What a selector is told of a step."""
+    lengths = torch.tensor(seq_lens, dtype=torch.int32)
+    num_rows = len(seq_lens) + num_prefills
+    return StepRows(lengths, lengths, num_rows, request_ids, options or {})
+
+
+def anchor_state(plan: StepPlan) -> AnchorState:
+    """What the anchors of a step share."""
+    ways = (layer.decode for layer in plan.layers.values())
+    return next(way.state for way in ways if isinstance(way, Anchor))
+
+
+def labels(plan: StepPlan) -> list[tuple[str, str]]:
+    """Of the metric, by decode row."""
+    return [reason.value for reason in plan.reasons]

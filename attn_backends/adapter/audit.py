@@ -22,7 +22,7 @@ from vllm.forward_context import get_forward_context
 
 from attn_backends.adapter.counters import AuditFigures
 from attn_backends.adapter.metadata import ExtMetadata
-from attn_backends.plan import DecodePlan, LayerRole
+from attn_backends.plan import Anchor, Reuse, reading_everything
 
 
 class AuditingRunner:
@@ -43,13 +43,13 @@ class AuditingRunner:
         if not self._is_due(context.attn_metadata):
             return stock._model_forward(*args, **kwargs)
         served = context.attn_metadata
-        plan = next(iter(served.values())).plan
-        rows = plan.selecting_rows
+        first = next(iter(served.values()))
+        rows, num_tokens = first.narrowed_rows, first.batch.num_tokens
         row = rows[self._audited_steps % len(rows)]
         self._audited_steps += 1
         context.attn_metadata = {name: _dense(metadata, row) for name, metadata in served.items()}
         try:
-            dense = stock._model_forward(*args, **kwargs)[: plan.num_tokens].clone()
+            dense = stock._model_forward(*args, **kwargs)[:num_tokens].clone()
         finally:
             context.attn_metadata = served
         hidden = stock._model_forward(*args, **kwargs)
@@ -57,7 +57,7 @@ class AuditingRunner:
         # Of all rows, since a model may wrap the logits and know which row is whose (LoRA does);
         # the weights are read once either way.
         dense_logits = model.compute_logits(dense)[row : row + 1]
-        served_logits = model.compute_logits(hidden[: plan.num_tokens])[row : row + 1]
+        served_logits = model.compute_logits(hidden[:num_tokens])[row : row + 1]
         self.audit_figures.add(
             *_divergence(dense_logits, served_logits),
             kv_bytes_saved=sum(_saved_bytes(served, name, row) for name in served),
@@ -70,7 +70,7 @@ class AuditingRunner:
         first = next(iter(served.values()))
         if not isinstance(first, ExtMetadata):
             return False
-        if first.plan.prefill is not None or not first.plan.selecting_rows:
+        if first.batch.prefill is not None or not first.narrowed_rows:
             return False
         return self._is_drawn()
 
@@ -104,12 +104,8 @@ def _dense(metadata: ExtMetadata, row: int) -> ExtMetadata:
     Dropped layers stay so, and those with a window, which may have lost what is outside it: the
     audit does not see what those cost.
     """
-    anchor = metadata.plan.anchor
-    assert anchor is not None
-    budgets = anchor.budget_blocks.clone()
-    budgets[row] = anchor.block_mass.shape[2]
-    wide = replace(anchor, budget_blocks=budgets)
-    return replace(metadata, plan=replace(metadata.plan, anchor=wide, checked=None, kept=None))
+    layers = {name: reading_everything(plan, row) for name, plan in metadata.layers.items()}
+    return replace(metadata, layers=layers)
 
 
 def _divergence(dense: torch.Tensor, served: torch.Tensor) -> tuple[list[float], list[bool]]:
@@ -121,11 +117,11 @@ def _divergence(dense: torch.Tensor, served: torch.Tensor) -> tuple[list[float],
     return divergence.tolist(), (expected.argmax(-1) == got.argmax(-1)).tolist()
 
 
-def _selects(plan: DecodePlan, row: int) -> bool:
-    """Whether the row selects anew in this step."""
-    if plan.kept is None:
+def _chooses(way: Anchor, row: int) -> bool:
+    """Whether the row chooses anew in this step."""
+    if way.kept is None:
         return True
-    return plan.kept.due is not None and bool((plan.kept.due.rows == row).any())
+    return way.kept.due is not None and bool((way.kept.due == row).any())
 
 
 def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str, row: int) -> int:
@@ -136,18 +132,18 @@ def _saved_bytes(served: dict[str, ExtMetadata], layer_name: str, row: int) -> i
     that chooses for itself reads all keys, once per selection of a KV head, and, of what it
     chose, keys and values again.
     """
-    plan: DecodePlan = served[layer_name].plan
-    role = plan.roles[layer_name]
-    if role not in (LayerRole.REUSE, LayerRole.SELF):
+    metadata = served[layer_name]
+    plan = metadata.layers.get(layer_name)
+    if plan is None or metadata.batch.decode is None:
         return 0
-    assert plan.decode is not None
-    assert plan.selection is not None
+    way = plan.decode
+    if not isinstance(way, Anchor | Reuse) or (isinstance(way, Anchor) and way.attends_everything):
+        return 0
     layer = get_forward_context().no_compile_layers[layer_name]
     num_kv_heads, block_size, double_head = layer.kv_cache.shape[1:]
-    counts = plan.selection.counts[row]
-    num_blocks = num_kv_heads * -(-int(plan.decode.seq_lens[row]) // block_size)  # of all heads
-    chosen = int(counts.sum())
-    half_blocks = 2 * (num_blocks - chosen)  # a block's keys, or its values
-    if role is LayerRole.SELF and _selects(plan, row):
-        half_blocks -= num_blocks * len(counts) // num_kv_heads
+    seq_len = int(metadata.batch.decode.seq_lens[row])
+    num_blocks = num_kv_heads * -(-seq_len // block_size)  # of all heads
+    half_blocks = 2 * (num_blocks - int(way.selection.counts[row].sum()))  # keys, or values
+    if isinstance(way, Anchor) and _chooses(way, row):
+        half_blocks -= num_blocks
     return int(half_blocks * block_size * double_head // 2 * layer.kv_cache.element_size())

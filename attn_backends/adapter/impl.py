@@ -10,7 +10,6 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from attn_backends.adapter.metadata import ExtMetadata
 from attn_backends.adapter.ops import engine_and_our_ops
 from attn_backends.config import ConfigError
-from attn_backends.layer_step import LayerStep
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.ops.resolution import ORDER_OF_DEVICE
 from kvcache.layout import PagedKVLayout, kv_views
@@ -105,7 +104,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         """Attention of one step.
 
         Args:
-            layer: the vLLM layer; its name selects the role.
+            layer: the vLLM layer; its name selects the plan.
             query: ``[num_tokens, num_heads, head_size]``, possibly padded at the end.
             key, value: unused, already in the cache.
             kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
@@ -115,9 +114,8 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         """
         if attn_metadata is None or self.is_dropped:
             return output.zero_()
-        plan, ops = attn_metadata.of_layer(layer.layer_name)
         views = self._cache_views(kv_cache)
-        LayerStep(layer.layer_name, plan, ops, views, self.scale).attend(query, output)
+        attn_metadata.step_of(layer.layer_name, views, self.scale).attend(query, output)
         return output
 
 

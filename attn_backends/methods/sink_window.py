@@ -9,20 +9,18 @@ keep_all`` selects only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
-from attn_backends.config import ConfigError, MethodConfig, at_least, one_of
+from attn_backends.config import MethodConfig, at_least, one_of
 from attn_backends.method import Capabilities, Geometry, SparseMethod
-from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
+from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.profile import load_profile, require_fit
-from attn_backends.recall import RecallWatch
-from attn_backends.reselection import SelectionKeeper
+from attn_backends.windows import WindowSelector
 from kvcache.retention import KeepAll, RetentionPolicy, SinkWindowRetention
+from kvcache.spans import Span
 
 RETENTION_CHOICES = ("evict", "keep_all")
 
@@ -50,72 +48,6 @@ class SinkWindowConfig(MethodConfig):
     profile: str = ""
 
 
-class SinkWindowSelector:
-    """Sink blocks and window blocks, the same for every KV head of a row.
-
-    Raises:
-        ConfigError: the window is smaller than one KV block.
-    """
-
-    watch: RecallWatch | None = None  # no anchors
-    keeper: SelectionKeeper | None = None
-
-    def __init__(self, config: SinkWindowConfig, geometry: Geometry, device: torch.device) -> None:
-        if config.window_tokens < geometry.block_size:
-            raise ConfigError(
-                f"vllm_ext.window_tokens is {config.window_tokens}, less than one KV block of "
-                f"{geometry.block_size} tokens; use at least {geometry.block_size}, or a smaller "
-                "--block-size (32 is the smallest on CPU, 16 on GPU)"
-            )
-        self._config = config
-        self._block_size = geometry.block_size
-        self._num_sink_blocks = -(-config.sink_tokens // geometry.block_size)
-        # A window of W tokens touches at most this many blocks, wherever it starts.
-        num_window_blocks = (config.window_tokens - 2) // geometry.block_size + 2
-        heads = geometry.num_kv_heads
-        shape = (geometry.max_num_reqs, heads, self._num_sink_blocks + num_window_blocks)
-        self._steps = torch.arange(shape[2], dtype=torch.int32, device=device)
-        self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
-        self._sink = torch.full(shape[:2], config.sink_tokens, dtype=torch.int32, device=device)
-        self._window = torch.full(shape[:2], config.window_tokens, dtype=torch.int32, device=device)
-
-    def select(self, batch: PagedBatch) -> BlockSelection:
-        """See ``Selector.select``."""
-        num_blocks = (batch.seq_lens + self._block_size - 1) // self._block_size
-        first_window_token = (batch.seq_lens - self._config.window_tokens).clamp_(min=0)
-        first_window_block = first_window_token // self._block_size
-        # Blocks that lie between sinks and window; 0 where the two touch or overlap.
-        gap = (first_window_block - self._num_sink_blocks).clamp_(min=0)
-        count = (num_blocks - gap).to(torch.int32)
-        logical = self._steps + torch.where(self._steps >= self._num_sink_blocks, gap[:, None], 0)
-        chosen = torch.where(self._steps < count[:, None], logical, -1)
-        blocks, counts = self._blocks[: batch.num_reqs], self._counts[: batch.num_reqs]
-        blocks.copy_(chosen[:, None, :])
-        counts.copy_(count[:, None])
-        return BlockSelection(blocks, counts)
-
-    def anchor_state(
-        self, batch: PagedBatch, options: Mapping[int, RowOptions]
-    ) -> AnchorState | None:
-        """See ``Selector.anchor_state``: no anchors."""
-        return None
-
-    def span_rule(self, num_reqs: int) -> SpanRule | None:
-        """See ``Selector.span_rule``."""
-        return SpanRule(self._sink[:num_reqs], self._window[:num_reqs])
-
-    def row_reasons(
-        self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
-    ) -> list[tuple[str, str]]:
-        """See ``Selector.row_reasons``."""
-        budget_tokens = self._config.sink_tokens + self._config.window_tokens
-        return [
-            ("sparse", "selected" if seq_len > budget_tokens else "everything_kept")
-            for seq_len in seq_lens_cpu.tolist()
-        ]
-
-
 def _schedule(config: SinkWindowConfig, geometry: Geometry) -> LayerSchedule:
     placed: dict[int, LayerRole] = {}
     if config.profile:
@@ -126,7 +58,16 @@ def _schedule(config: SinkWindowConfig, geometry: Geometry) -> LayerSchedule:
             **dict.fromkeys(profile.drop_layers, LayerRole.DROP),
         }
     layers = range(geometry.num_layers)
-    return LayerSchedule(tuple(placed.get(layer, LayerRole.SELECTED) for layer in layers))
+    roles = tuple(placed.get(layer, LayerRole.WINDOW) for layer in layers)
+    spans = (Span(config.sink_tokens, config.window_tokens),) * geometry.num_kv_heads
+    windowed = (layer for layer in layers if roles[layer] is LayerRole.WINDOW)
+    return LayerSchedule(roles, spans=dict.fromkeys(windowed, spans))
+
+
+def _selector(
+    config: SinkWindowConfig, schedule: LayerSchedule, geometry: Geometry, device: torch.device
+) -> WindowSelector:
+    return WindowSelector(schedule, geometry, device)
 
 
 def _retention(config: SinkWindowConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
@@ -145,7 +86,7 @@ METHOD = SparseMethod(
     paper="StreamingLLM, arXiv 2309.17453",
     config_cls=SinkWindowConfig,
     schedule=_schedule,
-    make_selector=SinkWindowSelector,
+    make_selector=_selector,
     capabilities=Capabilities(
         reads="sink_tokens + window_tokens per layer, prefill included",
         frees="all blocks between sinks and window, as they fall out of it",

@@ -7,63 +7,50 @@ from a property of a method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
+from attn_backends.batch import BlockSelection
 from attn_backends.config import MethodConfig
-from attn_backends.method import Capabilities, Geometry, SparseMethod
-from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
-from attn_backends.recall import RecallWatch
-from attn_backends.reselection import SelectionKeeper
+from attn_backends.method import Capabilities, Geometry, SparseMethod, StepRows
+from attn_backends.plan import LayerPlan, LayerRole, LayerSchedule, RowReason, Selected, StepPlan
 
 
 class FullSelector:
-    """Selects all blocks of every row."""
+    """Selects all blocks of every row.
 
-    watch: RecallWatch | None = None  # no anchors
-    keeper: SelectionKeeper | None = None
+    Args:
+        schedule: of SELECTED layers.
+        geometry: of the layers.
+        device: of the buffers.
+    """
 
-    def __init__(self, config: MethodConfig, geometry: Geometry, device: torch.device) -> None:
-        self._geometry = geometry
+    def __init__(self, schedule: LayerSchedule, geometry: Geometry, device: torch.device) -> None:
+        self._block_size, self._num_layers = geometry.block_size, len(schedule.roles)
         max_blocks = -(-geometry.max_model_len // geometry.block_size)
         self._steps = torch.arange(max_blocks, dtype=torch.int32, device=device)
         shape = (geometry.max_num_reqs, geometry.num_kv_heads, max_blocks)
-        self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        self._selection = BlockSelection.empty(shape, device)
 
-    def select(self, batch: PagedBatch) -> BlockSelection:
-        """See ``Selector.select``."""
-        block_size = self._geometry.block_size
-        width = -(-batch.max_seq_len // block_size)
-        counts = self._counts[: batch.num_reqs]
-        counts.copy_(((batch.seq_lens + block_size - 1) // block_size)[:, None])
-        steps = self._steps[:width]
-        chosen = torch.where(steps < counts[:, :, None], steps, -1)
-        blocks = self._blocks[: batch.num_reqs, :, :width]
-        blocks.copy_(chosen)
-        return BlockSelection(blocks, counts)
-
-    def anchor_state(
-        self, batch: PagedBatch, options: Mapping[int, RowOptions]
-    ) -> AnchorState | None:
-        """See ``Selector.anchor_state``: no anchors."""
-        return None
-
-    def span_rule(self, num_reqs: int) -> SpanRule | None:
-        """See ``Selector.span_rule``: all tokens count."""
-        return None
-
-    def row_reasons(
-        self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]
-    ) -> list[tuple[str, str]]:
-        """See ``Selector.row_reasons``."""
-        return [("sparse", "everything_kept")] * len(seq_lens_cpu)
+    def plan(self, rows: StepRows) -> StepPlan:
+        """See ``Selector.plan``."""
+        selection = self._selection.rows(rows.num_decodes)
+        num_blocks = (rows.seq_lens + self._block_size - 1) // self._block_size
+        selection.counts.copy_(num_blocks[:, None])
+        is_past = self._steps >= selection.counts[:, :, None]
+        selection.logical_blocks.copy_(self._steps.expand_as(is_past).masked_fill(is_past, -1))
+        plan = LayerPlan(Selected(selection))
+        layers = dict.fromkeys(range(self._num_layers), plan)
+        return StepPlan(layers, [RowReason.EVERYTHING_KEPT] * rows.num_decodes)
 
 
 def _schedule(config: MethodConfig, geometry: Geometry) -> LayerSchedule:
     return LayerSchedule.uniform(LayerRole.SELECTED, geometry.num_layers)
+
+
+def _selector(
+    config: MethodConfig, schedule: LayerSchedule, geometry: Geometry, device: torch.device
+) -> FullSelector:
+    return FullSelector(schedule, geometry, device)
 
 
 METHOD = SparseMethod(
@@ -72,7 +59,7 @@ METHOD = SparseMethod(
     paper="none",
     config_cls=MethodConfig,
     schedule=_schedule,
-    make_selector=FullSelector,
+    make_selector=_selector,
     capabilities=Capabilities(
         reads="all KV blocks",
         frees="nothing",

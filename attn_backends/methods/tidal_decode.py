@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from attn_backends.policy.composition import compose, retention_of
 from attn_backends.policy.model import NO_POLICY, Policy, PolicyError
 from attn_backends.policy.reading import parse_policy
 from attn_backends.profile import Profile, load_profile, require_fit, shipped_profile
-from attn_backends.reselection import SelectionKeeper
 from kvcache.retention import RetentionPolicy
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -94,20 +93,21 @@ class TidalConfig(BudgetConfig):
 
 
 class TidalSelector(BudgetSelector):
-    """Budgets by context length, and rows that some layers read through a window."""
+    """Budgets by context length."""
 
-    def __init__(self, config: TidalConfig, geometry: Geometry, device: torch.device) -> None:
-        super().__init__(_checking_every_age(config), geometry, device)
+    def __init__(
+        self,
+        config: TidalConfig,
+        schedule: LayerSchedule,
+        geometry: Geometry,
+        device: torch.device,
+    ) -> None:
+        reselect_steps = config.reselect_steps
+        super().__init__(_checking_every_age(config), schedule, geometry, device, reselect_steps)
         self._policy = config.policy
-        self._leaves_out = bool(
-            {LayerRole.REUSE, LayerRole.SELF} & {*_schedule(config, geometry).roles}
-        )
-        reaches = (window.reach_tokens for window in config.policy.windows)
-        self._least_reach_tokens = min(reaches, default=None)
-        if config.reselect_steps > 1:
-            self.keeper = SelectionKeeper(
-                config.reselect_steps, self._policy.budget_of, self._shape, device
-            )
+
+    def _budget_kind(self, seq_len: int) -> Hashable:
+        return self._policy.budget_of(seq_len)
 
     def _server_budget_blocks(self, seq_lens: torch.Tensor) -> torch.Tensor:
         budgets = super()._server_budget_blocks(seq_lens)
@@ -117,15 +117,6 @@ class TidalSelector(BudgetSelector):
             blocks = -(-tokens // self._block_size)
             budgets = torch.where(seq_lens <= entry.up_to_tokens, blocks, budgets)
         return budgets.to(torch.int32)
-
-    def _reason(self, seq_len: int, keeps_all: bool, asked: RowOptions) -> tuple[str, str]:
-        path, reason = super()._reason(seq_len, keeps_all, asked)
-        if path == "sparse" and not self._leaves_out:
-            path, reason = "dense", "no_sparse_layers"
-        reads_all = path == "dense" or reason == "everything_kept"
-        has_gap = self._least_reach_tokens is not None and seq_len > self._least_reach_tokens
-        # Not dense while some layer reads its window only.
-        return ("sparse", "window_layers") if reads_all and has_gap else (path, reason)
 
 
 def _checking_every_age(config: TidalConfig) -> TidalConfig:
@@ -156,7 +147,7 @@ def _warn_once(message: str) -> None:
 
 def _schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
     base = _base_schedule(config, geometry)
-    composition = compose(config.policy, base, geometry.block_size)
+    composition = compose(config.policy, base, geometry.block_size, geometry.num_kv_heads)
     if composition.unmapped_layers:
         _warn_once(
             f"TIDAL_DECODE: under the policy, layers {list(composition.unmapped_layers)} follow "
@@ -165,7 +156,7 @@ def _schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
         )
     if config.anchor_attention == "full":
         return composition.schedule
-    return composition.schedule.with_selecting_anchors()
+    return composition.schedule.with_narrow_anchors()
 
 
 def _retention(config: TidalConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.policy.model import Policy, PolicyError
 from kvcache.retention import RetentionPolicy, SinkWindowRetention
+from kvcache.spans import Span
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,14 @@ class Composition:
     unmapped_layers: tuple[int, ...]
 
 
-def compose(policy: Policy, base: LayerSchedule, block_size: int) -> Composition:
+def compose(policy: Policy, base: LayerSchedule, block_size: int, num_kv_heads: int) -> Composition:
     """Puts the policy's roles in place of the base schedule's.
 
     Args:
         policy: its settings are not looked at.
         base: of the model, usually from a profile.
         block_size: of the KV cache, tokens.
+        num_kv_heads: of each layer.
 
     Raises:
         PolicyError: a layer the model does not have, a layer that reuses what no anchor before
@@ -55,12 +57,16 @@ def compose(policy: Policy, base: LayerSchedule, block_size: int) -> Composition
         for layer in reusing
         if base.roles[layer] is LayerRole.REUSE and before[layer] == after[layer]
     ]
-    windows = {layer: rule.window for layer, rule in rules.items() if rule.window is not None}
+    spans = {
+        layer: (Span(rule.window.sink_tokens, rule.window.window_tokens),) * num_kv_heads
+        for layer, rule in rules.items()
+        if rule.window is not None
+    }
     head_maps = {
         layer: base.head_maps[layer] for layer in follows_as_before if layer in base.head_maps
     }
     unmapped = tuple(sorted(set(reusing) - set(follows_as_before))) if base.head_maps else ()
-    return Composition(LayerSchedule(roles, head_maps, windows), unmapped)
+    return Composition(LayerSchedule(roles, head_maps, spans), unmapped)
 
 
 def retention_of(policy: Policy, base: tuple[RetentionPolicy, ...]) -> tuple[RetentionPolicy, ...]:

@@ -43,7 +43,7 @@ class LayerRule:
 
     Attributes:
         layers: 0-based, ascending.
-        role: DENSE, ANCHOR or REUSE; SELECTED for layers with a window.
+        role: DENSE, ANCHOR or REUSE; WINDOW for layers with a window.
         window: of layers with a window, else None.
         frees: whether the blocks outside the window are freed.
     """

@@ -21,7 +21,7 @@ ROLES = {
     "dense": LayerRole.DENSE,
     "anchor": LayerRole.ANCHOR,
     "reuse": LayerRole.REUSE,
-    "window": LayerRole.SELECTED,
+    "window": LayerRole.WINDOW,
 }
 RETENTIONS = ("all", "sink_window")
 MAX_LAYERS = 1024

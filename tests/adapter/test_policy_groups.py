@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +12,12 @@ import torch
 
 pytest.importorskip("vllm")
 
-from attn_backends.adapter.sharing import _SELECTORS, shared_selector
-from attn_backends.adapter.windows import WindowPlans
+from attn_backends.adapter.planning import _PLANNERS, StepPlanner, shared_planner
 from attn_backends.budget import BudgetConfig, BudgetSelector
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
-from attn_backends.plan import DecodePlan, LayerRole, LayerSchedule, Window
-from tests.batches import decode_batch
+from attn_backends.plan import LayerRole, LayerSchedule, Selected
+from kvcache.spans import Span
 from vllm_ext.platforms import selection
 
 CPU = torch.device("cpu")
@@ -32,70 +32,83 @@ GEOMETRY = Geometry(
 )
 
 
-def _make() -> BudgetSelector:
-    return BudgetSelector(BudgetConfig(), GEOMETRY, CPU)
+REUSING = LayerSchedule((LayerRole.SELF, LayerRole.REUSE))
+WINDOWS = LayerSchedule((LayerRole.WINDOW,), spans={0: (Span(0, 64),) * 2})
 
 
-def test_builders_of_one_engine_share_a_selector_and_engines_do_not() -> None:
+class _Counters:
+    """Collects what is counted."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[tuple[str, str]] = Counter()
+
+    def add(self, rows: Counter[tuple[str, str]]) -> None:
+        self.rows += rows
+
+    def show_recall(self, watch: Any) -> None:
+        """Not looked at."""
+
+
+def _make(schedule: LayerSchedule = REUSING, counters: Any = None) -> StepPlanner:
+    return StepPlanner(BudgetSelector(BudgetConfig(), schedule, GEOMETRY, CPU), schedule, counters)
+
+
+def test_builders_of_one_engine_share_a_planner_and_engines_do_not() -> None:
     engine, other = torch.nn.Identity(), torch.nn.Identity()
-    first = shared_selector(engine, GEOMETRY, _make)
-    assert shared_selector(engine, replace(GEOMETRY, num_query_heads=8), _make) is first
-    assert shared_selector(other, GEOMETRY, _make) is not first
-    with pytest.raises(ConfigError, match="num_kv_heads 1 and 2 cannot share"):
-        shared_selector(engine, replace(GEOMETRY, num_kv_heads=1), _make)
+    firsts = []
+
+    def make(is_first: bool) -> StepPlanner:
+        firsts.append(is_first)
+        return _make()
+
+    first = shared_planner(engine, GEOMETRY, REUSING, make)
+    assert shared_planner(engine, replace(GEOMETRY, num_query_heads=8), REUSING, make) is first
+    assert shared_planner(other, GEOMETRY, REUSING, make) is not first
+    one_head = replace(GEOMETRY, num_kv_heads=1)
+    with pytest.raises(ConfigError, match=r"layers of 1 and of 2 KV heads.*cannot share"):
+        shared_planner(engine, one_head, REUSING, make)
+    # Nothing is shared where every layer reads its own.
+    assert shared_planner(engine, one_head, WINDOWS, make) is not first
+    assert firsts == [True, True, False]  # one of an engine's planners counts
 
 
-def test_a_selector_goes_with_its_engine() -> None:
+def test_a_planner_goes_with_its_engine() -> None:
     engine = torch.nn.Identity()
-    shared_selector(engine, GEOMETRY, _make)
-    before = len(_SELECTORS)
+    shared_planner(engine, GEOMETRY, REUSING, lambda is_first: _make())
+    before = len(_PLANNERS)
     del engine
     gc.collect()
-    assert len(_SELECTORS) < before
+    assert len(_PLANNERS) < before
 
 
-def _plan(**parts: Any) -> DecodePlan:
-    """Whatever else a plan has, in other versions of it, is none of the windows' business."""
-    from dataclasses import fields
+def test_a_step_is_planned_and_counted_once_for_all_groups() -> None:
+    counters = _Counters()
+    planner = _make(counters=counters)
+    lengths = torch.tensor([40, 900], dtype=torch.int32)
+    for step in (1, 2):
+        plans = [planner.plan(builder, lengths, lengths, 2) for builder in ("a", "b", "c")]
+        assert plans[0] is plans[1] is plans[2]
+        assert counters.rows["dense", "short_context"] == 2 * step
 
-    given = {"decode": None, "prefill": None, "decodes_densely": True, **parts}
-    return DecodePlan(**{field.name: given.get(field.name) for field in fields(DecodePlan)})
 
-
-def test_layers_with_a_window_get_the_rows_through_it() -> None:
-    wide, narrow = Window(32, 256), Window(0, 32)
-    windows = WindowPlans({"a": wide, "b": narrow, "c": wide}, GEOMETRY, CPU)
-    decode, prefill = decode_batch([1000, 100]), decode_batch([500])
-    roles = {"a": LayerRole.SELECTED}
-    plans = windows.of_step(_plan(decode=decode, prefill=prefill, roles=roles))
-    assert set(plans) == {"a", "b", "c"}
-    assert plans["a"] is plans["c"]
-    for name, window in (("a", wide), ("b", narrow)):
-        plan = plans[name]
-        assert plan.decode is decode
-        assert plan.roles is roles
-        assert plan.anchor is None
-        assert not plan.decodes_densely
-        assert plan.selection is not None
+def test_layers_of_a_policy_get_the_rows_through_their_window() -> None:
+    wide, narrow = Span(32, 256), Span(0, 32)
+    spans = {0: (wide,) * 2, 3: (narrow,) * 2}
+    window, anchor, reuse = LayerRole.WINDOW, LayerRole.SELF, LayerRole.REUSE
+    planner = _make(LayerSchedule((window, anchor, reuse, window), spans=spans))
+    lengths = torch.tensor([1000, 100], dtype=torch.int32)
+    plan = planner.plan("a builder", lengths, lengths, num_rows=3)
+    assert plan.layers[1].rule is None
+    for layer, span in ((0, wide), (3, narrow)):
+        own = plan.layers[layer]
+        assert isinstance(own.decode, Selected)
+        assert own.rule is not None
+        assert own.rule.values.shape == (3, 2, 4)  # the prefill row, too
         for row, seq_len in enumerate([1000, 100]):
-            read = plan.selection.logical_blocks[row, 0].tolist()
-            seen = {
-                token // 32
-                for token in range(seq_len)
-                if token < window.sink_tokens or token >= seq_len - window.window_tokens
-            }
-            assert sorted(block for block in read if block >= 0) == sorted(seen)
-        for rule, rows in ((plan.decode_rule, 2), (plan.prefill_rule, 1)):
-            assert rule is not None
-            assert rule.sink_tokens.tolist() == [[window.sink_tokens] * 2] * rows
-            assert rule.window_tokens.tolist() == [[window.window_tokens] * 2] * rows
-
-
-def test_without_rows_or_windows_there_is_nothing_to_plan() -> None:
-    windows = WindowPlans({"a": Window(0, 32)}, GEOMETRY, CPU)
-    plan = windows.of_step(_plan(decode=decode_batch([64])))["a"]
-    assert plan.prefill_rule is None
-    assert WindowPlans({}, GEOMETRY, CPU).of_step(_plan(decode=decode_batch([64]))) == {}
+            read = own.decode.selection.logical_blocks[row, 0].tolist()
+            first = span.first_seen(seq_len)
+            seen = {t // 32 for t in range(seq_len) if t < span.sink_tokens or t >= first}
+            assert [block for block in read if block >= 0] == sorted(seen)
 
 
 def test_off_is_refused_where_a_window_holds_for_everyone(monkeypatch: Any) -> None:
@@ -107,7 +120,7 @@ def test_off_is_refused_where_a_window_holds_for_everyone(monkeypatch: Any) -> N
     method = load_method("TIDAL_DECODE")
     policy = {"presets": {"deep": {"budget_tokens": 2048}}}
     config = parse_config(method.config_cls, {"policy": policy}, method.name)
-    windowed = LayerSchedule((LayerRole.SELECTED,), windows={0: Window(64, 512)})
+    windowed = LayerSchedule((LayerRole.WINDOW,), spans={0: (Span(64, 512),)})
     served = {"method": method, "config": config, "is_served": True, "schedule": windowed}
     monkeypatch.setattr(selection, "_active", served)
     selection.check_request({"sparse": "deep"}, "cpu")

@@ -11,7 +11,7 @@ import torch
 from attn_backends.batch import RowOptions
 from attn_backends.method import Geometry
 from attn_backends.methods import load_method
-from tests.batches import decode_batch
+from tests.batches import anchor_state, labels, step_rows
 
 CPU = torch.device("cpu")
 TIDAL = load_method("TIDAL_DECODE")
@@ -23,11 +23,9 @@ def _labels_and_budgets(
 ) -> tuple[list[tuple[str, str]], list[int]]:
     geometry = Geometry(6, 2, 4, 64, BLOCK, 16, 8192)
     config = TIDAL.config_cls(**TIDAL.config_cls.compose(settings))
-    selector = TIDAL.make_selector(config, geometry, CPU)
-    batch = decode_batch(seq_lens)
-    state = selector.anchor_state(batch, options)
-    assert state is not None
-    return selector.row_reasons(batch.seq_lens, options), state.budget_blocks.tolist()
+    selector = TIDAL.make_selector(config, TIDAL.schedule(config, geometry), geometry, CPU)
+    plan = selector.plan(step_rows(seq_lens, options))
+    return labels(plan), anchor_state(plan).budget_blocks.tolist()
 
 
 @pytest.mark.parametrize("seq_len", [2080, 2112, 2113])

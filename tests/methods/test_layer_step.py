@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch
 from attn_backends.budget import BudgetConfig, BudgetSelector
-from attn_backends.layer_step import LayerStep
+from attn_backends.layer_step import LayerStep, StepBatch
 from attn_backends.method import Geometry
 from attn_backends.ops.dispatch import OpContext
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, resolve_ops
-from attn_backends.plan import DecodePlan, KeptRows, LayerRole, RowSubset
+from attn_backends.plan import Anchor, KeptRows, LayerRole, LayerSchedule
 from kvcache.layout import PagedKVLayout, kv_views
-from tests.batches import decode_batch
+from tests.batches import decode_batch, step_rows
 
 ROWS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, BLOCKS = 3, 2, 4, 32, 32, 12
 ORDER = ORDER_OF_DEVICE["cpu"]
 SCALE = HEAD**-0.5
-LAYER = "anchor"
 CPU = torch.device("cpu")
 
 
@@ -39,44 +40,26 @@ class _Layer:
         config = BudgetConfig(
             budget_tokens=128, sink_tokens=32, recent_tokens=32, min_context_tokens=0
         )
-        self.selector = BudgetSelector(config, geometry, CPU)
-        shape = (ROWS, KV_HEADS, BLOCKS)
-        self.store = BlockSelection(
-            torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape[:2], dtype=torch.int32)
-        )
+        schedule = LayerSchedule((LayerRole.SELF,))
+        self.selector = BudgetSelector(config, schedule, geometry, CPU)
+        self.store = BlockSelection.empty((ROWS, KV_HEADS, BLOCKS), CPU)
 
     def step(
         self, number: int, seq_lens: list[int], due: list[int] | None, slots: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and selection of one step; ``due`` None: as without ``reselect_steps``."""
-        decode = _batch(seq_lens)
-        kept = None
+        plan = self.selector.plan(step_rows(seq_lens)).layers[0]
+        way = plan.decode
+        assert isinstance(way, Anchor)
         if due is not None:
-            subset = RowSubset.of(decode, due)
-            kept = KeptRows(subset, torch.tensor(slots), {LAYER: self.store})
-        self.selector.watch.recall.fill_(1.0)
-        plan = DecodePlan(
-            num_tokens=ROWS,
-            num_decode_tokens=ROWS,
-            decode=decode,
-            prefill=None,
-            selection=self.selector.select(decode),
-            anchor=self.selector.anchor_state(decode, {}),
-            decode_rule=None,
-            prefill_rule=None,
-            decodes_densely=False,
-            roles={LAYER: LayerRole.SELF},
-            head_maps={},
-            inheriting=frozenset(),
-            selecting_rows=[],
-            checked=None,
-            kept=kept,
-        )
+            rows = torch.tensor(due) if due else None
+            way = replace(way, kept=KeptRows(rows, torch.tensor(slots), self.store))
+        way.state.recall.fill_(1.0)
         query, out = self.queries[number], torch.empty(ROWS, QUERY_HEADS, HEAD)
+        batch = StepBatch(decode=_batch(seq_lens), prefill=None)
         views = kv_views(self.cache, ORDER)
-        LayerStep(LAYER, plan, self.ops, views, SCALE).attend(query, out)
-        assert plan.selection is not None
-        return out, plan.selection.logical_blocks.clone()
+        LayerStep(replace(plan, decode=way), batch, self.ops, views, SCALE).attend(query, out)
+        return out, way.selection.logical_blocks.clone()
 
 
 def test_due_rows_select_and_the_others_read_what_they_selected() -> None:

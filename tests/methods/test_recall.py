@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -47,29 +49,27 @@ def _watch(floor: float, patience: int = 2, interval_steps: int = 1) -> RecallWa
     return RecallWatch(floor, patience, interval_steps, 4, torch.device("cpu"))
 
 
-def _step(watch: RecallWatch, step: int, recalls: dict[str, float]) -> list[int]:
-    """One step in which every row is sparse and has these recalls of all kinds.
+def _step(watch: RecallWatch, recalls: dict[str, float]) -> Sequence[int]:
+    """One step in which every row is narrowed and has these recalls of all kinds.
 
     Returns:
         The rows that were checked.
     """
     ids = list(recalls)
-    assert watch.begin_step(step, ids)
-    assert not watch.begin_step(step, ids), "a second KV group took the step before in twice"
+    watch.begin_step(ids)
     checked = watch.expect(ids, range(len(ids)))
-    assert watch.expect(ids, range(len(ids))) == checked, "a second KV group counted a step twice"
     watch.recall[: len(ids)] = torch.tensor(list(recalls.values()))[:, None]
     return checked
 
 
 def test_the_guard_raises_then_serves_dense_and_follows_the_request() -> None:
     watch = _watch(0.8)
-    for step in range(1, 3):
-        _step(watch, step, {"low": 0.5, "fine": 0.9})
-    _step(watch, 3, {"fine": 0.9, "low": 0.5})  # rows moved
+    for _ in range(2):
+        _step(watch, {"low": 0.5, "fine": 0.9})
+    _step(watch, {"fine": 0.9, "low": 0.5})  # rows moved
     assert watch.guarded(["fine", "low"], {}) == {1: RowOptions(budget_factor=2.0, is_guarded=True)}
-    _step(watch, 4, {"low": 0.5})
-    _step(watch, 5, {"low": 0.5})
+    _step(watch, {"low": 0.5})
+    _step(watch, {"low": 0.5})
     assert watch.guarded(["low"], {}) == {0: RowOptions(is_dense=True, is_guarded=True)}
     assert watch.actions == {"raised": 1, "dense": 1}
     watch.forget(["low"])
@@ -78,35 +78,35 @@ def test_the_guard_raises_then_serves_dense_and_follows_the_request() -> None:
 
 def test_patience_counts_checks_in_a_row() -> None:
     watch = _watch(0.8)
-    for step, recall in enumerate((0.5, 0.9, 0.5, 0.9, 0.5)):
-        _step(watch, step, {"a": recall})
-    assert watch.begin_step(9, ["a"])
+    for recall in (0.5, 0.9, 0.5, 0.9, 0.5):
+        _step(watch, {"a": recall})
+    watch.begin_step(["a"])
     assert watch.guarded(["a"], {}) == {}
 
 
 def test_checks_come_at_first_then_in_intervals_and_again_after_a_low_one() -> None:
     watch = _watch(0.8, patience=2, interval_steps=6)
     recalls = [0.9] * 6 + [0.5] + [0.9] * 6
-    checked = [step for step, recall in enumerate(recalls) if _step(watch, step, {"a": recall})]
+    checked = [step for step, recall in enumerate(recalls) if _step(watch, {"a": recall})]
     assert checked == [0, 1, 2, 3, 6, 7, 12]
     # A neighbour changes nothing.
     together = _watch(0.8, patience=2, interval_steps=6)
-    rows = [_step(together, s, {"b": 0.9, "a": r}) for s, r in enumerate(recalls)]
+    rows = [_step(together, {"b": 0.9, "a": recall}) for recall in recalls]
     assert [step for step, due in enumerate(rows) if 1 in due] == checked
 
 
 def test_a_raised_budget_starts_from_what_the_request_asked_for() -> None:
     watch = _watch(0.8, patience=1)
-    _step(watch, 1, {"a": 0.1})
-    watch.begin_step(2, ["a"])
+    _step(watch, {"a": 0.1})
+    watch.begin_step(["a"])
     asked = {0: RowOptions(budget_tokens=256)}
     assert watch.guarded(["a"], asked) == {0: RowOptions(budget_tokens=512, is_guarded=True)}
 
 
 def test_without_a_floor_recall_is_only_watched() -> None:
     watch = _watch(0.0, patience=1)
-    for step, recall in enumerate((0.1, 0.96, 0.96)):
-        assert _step(watch, step, {"a": recall}) == []
+    for recall in (0.1, 0.96, 0.96):
+        assert _step(watch, {"a": recall}) == []
     assert watch.guarded(["a"], {}) == {}
     assert watch.sums["own"] == pytest.approx(1.06)
     assert watch.sums["served"] == 0
@@ -117,11 +117,11 @@ def test_without_a_floor_recall_is_only_watched() -> None:
 
 def test_rows_that_are_not_sparse_or_not_known_do_not_count() -> None:
     watch = _watch(0.8, patience=1)
-    watch.begin_step(1, ["dense", "sparse"])
+    watch.begin_step(["dense", "sparse"])
     assert watch.expect(["dense", "sparse"], [1]) == [1]
     watch.recall[0] = 0.0
     watch.recall[1] = 0.9
-    watch.begin_step(2, [])
+    watch.begin_step([])
     assert sum(watch.histograms["own"]) == 1
     assert watch.guarded(["dense", "sparse"], {}) == {}
     assert watch.expect([], [0, 1]) == []  # a worker that does not tell ids (GPU)
@@ -129,10 +129,10 @@ def test_rows_that_are_not_sparse_or_not_known_do_not_count() -> None:
 
 def test_rows_that_read_a_kept_selection_do_not_count_as_covered() -> None:
     watch = _watch(0.8, interval_steps=64)
-    watch.begin_step(1, ["kept", "selects"])
-    assert watch.expect(["kept", "selects"], [0, 1], selecting_rows=[1]) == [0, 1]
+    watch.begin_step(["kept", "selects"])
+    assert watch.expect(["kept", "selects"], [0, 1], choosing_rows=[1]) == [0, 1]
     watch.recall[1] = 0.9
-    watch.begin_step(2, [])
+    watch.begin_step([])
     assert watch.sums == {"own": pytest.approx(0.9), "inherited": pytest.approx(0.9)} | {
         "served": pytest.approx(1.9)  # a check is of what is read, kept or not
     }

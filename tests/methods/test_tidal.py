@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from attn_backends.batch import RowOptions
-from attn_backends.budget import BudgetSelector
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
 from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
 from attn_backends.methods.sink_window import SinkWindowConfig
 from attn_backends.methods.tidal_decode import METHOD, TidalConfig
-from attn_backends.plan import LayerRole, LayerSchedule
+from attn_backends.plan import Anchor, Dense, LayerRole, LayerSchedule, Reuse, StepPlan
 from attn_backends.profile import fingerprint, load_profile, shipped_profile
-from tests.batches import decode_batch
+from tests.batches import anchor_state, labels, step_rows
 
 GEOMETRY = Geometry(
     num_layers=6,
@@ -74,11 +73,11 @@ def test_layers_of_a_profile_are_dropped(tmp_path: Path) -> None:
     assert schedule.dropped == (0, 2)
     assert schedule.head_maps == {}  # a dropped layer follows nobody
     sinks = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), GEOMETRY)
-    selected = LayerRole.SELECTED
-    assert sinks.roles == (LayerRole.DROP, selected, LayerRole.DROP, *[selected] * 3)
+    window = LayerRole.WINDOW
+    assert sinks.roles == (LayerRole.DROP, window, LayerRole.DROP, *[window] * 3)
     path = _written(tmp_path, drop_layers=[2], full_layers=[3])
     sinks = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), GEOMETRY)
-    assert sinks.roles == (selected, selected, LayerRole.DROP, dense, selected, selected)
+    assert sinks.roles == (window, window, LayerRole.DROP, dense, window, window)
 
 
 def test_window_layers_are_refused_where_they_would_not_be_served(tmp_path: Path) -> None:
@@ -86,7 +85,7 @@ def test_window_layers_are_refused_where_they_would_not_be_served(tmp_path: Path
     with pytest.raises(ConfigError, match=r"window_layers \[2\].*SINK_WINDOW"):
         METHOD.schedule(TidalConfig(profile=str(path)), GEOMETRY)
     roles = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), GEOMETRY).roles
-    assert roles == (LayerRole.SELECTED,) * 6
+    assert roles == (LayerRole.WINDOW,) * 6
 
 
 def test_without_a_profile_there_is_a_warning_and_a_safe_default(
@@ -155,12 +154,16 @@ def test_impossible_budgets_are_refused(settings: dict[str, Any], words: str) ->
         TidalConfig(**settings)
 
 
+def _plan(config: TidalConfig, seq_lens: list[int], options: dict[int, RowOptions]) -> StepPlan:
+    schedule = METHOD.schedule(config, GEOMETRY)
+    selector = METHOD.make_selector(config, schedule, GEOMETRY, torch.device("cpu"))
+    return selector.plan(step_rows(seq_lens, options))
+
+
 def _budgets(config: TidalConfig, seq_lens: list[int], options: dict[int, RowOptions]) -> list[int]:
-    selector = BudgetSelector(config, GEOMETRY, torch.device("cpu"))
-    anchor = selector.anchor_state(decode_batch(seq_lens), options)
-    assert anchor is not None
-    assert (anchor.sink_blocks, anchor.recent_blocks) == (1, 2)
-    return anchor.budget_blocks.tolist()
+    state = anchor_state(_plan(config, seq_lens, options))
+    assert (state.sink_blocks, state.recent_blocks) == (1, 2)
+    return state.budget_blocks.tolist()
 
 
 def test_budgets_by_row_and_reasons() -> None:
@@ -169,11 +172,9 @@ def test_budgets_by_row_and_reasons() -> None:
     assert _budgets(config, seq_lens, {}) == [128, 16, 16]
     options = {1: RowOptions(is_dense=True), 2: RowOptions(budget_tokens=4096)}
     assert _budgets(config, seq_lens, options) == [128, 128, 128]
-    selector = BudgetSelector(config, GEOMETRY, torch.device("cpu"))
-    reasons = selector.row_reasons(torch.tensor(seq_lens), {})
     short, selected = ("dense", "short_context"), ("sparse", "selected")
-    assert reasons == [short, selected, selected]
-    assert selector.row_reasons(torch.tensor(seq_lens), options) == [
+    assert labels(_plan(config, seq_lens, {})) == [short, selected, selected]
+    assert labels(_plan(config, seq_lens, options)) == [
         short,
         ("dense", "request_off"),
         ("sparse", "everything_kept"),
@@ -182,11 +183,29 @@ def test_budgets_by_row_and_reasons() -> None:
         1: RowOptions(is_dense=True, is_guarded=True),
         2: RowOptions(budget_factor=2.0, is_guarded=True),
     }
-    assert selector.row_reasons(torch.tensor(seq_lens), by_guard) == [
+    assert labels(_plan(config, seq_lens, by_guard)) == [
         short,
         ("dense", "guard"),
         ("sparse", "guard_raised"),
     ]
+
+
+def test_layers_go_the_ways_of_their_roles(tmp_path: Path) -> None:
+    plan = _plan(TidalConfig(profile=str(_written(tmp_path))), [4000], {})
+    ways = [type(plan.layers[layer].decode) for layer in range(6)]
+    assert ways == [Dense, Anchor, Reuse, Reuse, Anchor, Reuse]
+    first, second = plan.layers[1].decode, plan.layers[4].decode
+    assert isinstance(first, Anchor)
+    assert isinstance(second, Anchor)
+    assert (first.inherits, second.inherits) == (False, True)
+    mapped, plain = plan.layers[2].decode, plan.layers[3].decode
+    assert isinstance(mapped, Reuse)
+    assert isinstance(plain, Reuse)
+    assert mapped.head_map is not None
+    assert mapped.head_map.tolist() == [1, 0]
+    assert plain.head_map is None
+    # What an anchor writes is what they read.
+    assert mapped.selection is plain.selection is first.selection is second.selection
 
 
 def test_a_share_of_the_context_is_a_budget_unless_a_request_says_its_own() -> None:
@@ -196,8 +215,7 @@ def test_a_share_of_the_context_is_a_budget_unless_a_request_says_its_own() -> N
     assert _budgets(config, seq_lens, options) == [16, 25, 8, 13]
     everything = TidalConfig(budget_fraction=1.0)
     assert _budgets(everything, [4000], {}) == [125]
-    selector = BudgetSelector(everything, GEOMETRY, torch.device("cpu"))
-    assert selector.row_reasons(torch.tensor([4000]), {}) == [("sparse", "everything_kept")]
+    assert labels(_plan(everything, [4000], {})) == [("sparse", "everything_kept")]
 
 
 def test_a_preset_never_undercuts_the_forced_blocks() -> None:

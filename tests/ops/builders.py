@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
-from attn_backends.method import Geometry
-from attn_backends.methods.sink_window import SinkWindowConfig, SinkWindowSelector
+from attn_backends.method import Geometry, StepRows
 from attn_backends.ops.cache_write.api import implementations as cache_write_implementations
 from attn_backends.ops.dispatch import OpContext, OpImpl
+from attn_backends.plan import LayerRole, LayerSchedule, Selected
+from attn_backends.windows import WindowSelector
 from kvcache.layout import KVOrder, PagedKVLayout, kv_views
+from kvcache.spans import Span
 
 NUM_SPARE_BLOCKS = 3  # of nobody, NaN throughout
 
@@ -209,11 +211,14 @@ def sink_window_selection(
         max_num_reqs=problem.batch.num_reqs,
         max_model_len=problem.batch.max_seq_len,
     )
-    config = SinkWindowConfig(sink_tokens=sink_tokens, window_tokens=window_tokens)
-    selector = SinkWindowSelector(config, geometry, problem.device)
-    rule = selector.span_rule(problem.batch.num_reqs)
-    assert rule is not None
-    return selector.select(problem.batch), rule
+    spans = (Span(sink_tokens, window_tokens),) * geometry.num_kv_heads
+    schedule = LayerSchedule((LayerRole.WINDOW,), spans={0: spans})
+    selector = WindowSelector(schedule, geometry, problem.device)
+    rows = StepRows(problem.batch.seq_lens, None, problem.batch.num_reqs)
+    plan = selector.plan(rows).layers[0]
+    assert isinstance(plan.decode, Selected)
+    assert plan.rule is not None
+    return plan.decode.selection, plan.rule
 
 
 def visible_tokens(

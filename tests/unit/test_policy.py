@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,16 +14,17 @@ from attn_backends.batch import RowOptions
 from attn_backends.config import ConfigError, parse_config
 from attn_backends.method import Geometry
 from attn_backends.methods.sink_window import SinkWindowConfig
-from attn_backends.methods.tidal_decode import METHOD, TidalConfig, TidalSelector
-from attn_backends.plan import LayerRole, LayerSchedule, Window
+from attn_backends.methods.tidal_decode import METHOD, TidalConfig
+from attn_backends.plan import LayerRole, LayerSchedule, StepPlan
 from attn_backends.policy.composition import compose, retention_of
 from attn_backends.policy.model import NO_POLICY, PolicyError
 from attn_backends.policy.reading import parse_policy
 from kvcache.retention import KeepAll, SinkWindowRetention
-from tests.batches import decode_batch
+from kvcache.spans import Span
+from tests.batches import anchor_state, labels, step_rows
 
 DENSE, ANCHOR, REUSE = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE
-SELECTED = LayerRole.SELECTED
+WINDOW_ROLE = LayerRole.WINDOW
 # dense 0, anchors 1 and 4; layers 2, 3 follow 1, layer 5 follows 4.
 BASE = LayerSchedule(
     (DENSE, ANCHOR, REUSE, REUSE, ANCHOR, REUSE), {2: (1, 0), 3: (0, 0), 5: (1, 1)}
@@ -139,11 +141,11 @@ def test_methods_without_policies_say_so() -> None:
 
 def test_nothing_changes_nothing() -> None:
     assert _config() == TidalConfig() == TidalConfig(policy=NO_POLICY)
-    assert compose(NO_POLICY, BASE, 32).schedule == BASE
+    assert compose(NO_POLICY, BASE, 32, 2).schedule == BASE
     same = _config(
         layers=[{"layers": [1, 4], "role": "anchor"}, {"layers": "2-3", "role": "reuse"}]
     )
-    composed = compose(same.policy, BASE, 32)
+    composed = compose(same.policy, BASE, 32, 2)
     assert composed.schedule == BASE
     assert composed.unmapped_layers == ()
 
@@ -156,9 +158,9 @@ def test_roles_head_maps_windows_and_retention_follow_the_policy() -> None:
             {"layers": 4, **WINDOW},
         ]
     ).policy
-    composed = compose(policy, BASE, 32)
-    assert composed.schedule.roles == (SELECTED, ANCHOR, REUSE, ANCHOR, SELECTED, REUSE)
-    assert composed.schedule.windows == {0: Window(8, 64), 4: Window(8, 64)}
+    composed = compose(policy, BASE, 32, 2)
+    assert composed.schedule.roles == (WINDOW_ROLE, ANCHOR, REUSE, ANCHOR, WINDOW_ROLE, REUSE)
+    assert composed.schedule.spans == {0: (Span(8, 64),) * 2, 4: (Span(8, 64),) * 2}
     # Layer 2 still follows anchor 1; layer 5 follows 3 instead of 4.
     assert composed.schedule.head_maps == {2: (1, 0)}
     assert composed.unmapped_layers == (5,)
@@ -169,11 +171,11 @@ def test_roles_head_maps_windows_and_retention_follow_the_policy() -> None:
 
 def test_a_layer_that_was_no_reuse_layer_has_no_calibrated_map() -> None:
     policy = _config(layers=[{"layers": 4, "role": "reuse"}]).policy
-    composed = compose(policy, BASE, 32)
+    composed = compose(policy, BASE, 32, 2)
     assert composed.schedule.head_maps == {2: (1, 0), 3: (0, 0)}
     assert composed.unmapped_layers == (4, 5)
     without_maps = LayerSchedule(BASE.roles)
-    assert compose(policy, without_maps, 32).unmapped_layers == ()
+    assert compose(policy, without_maps, 32, 2).unmapped_layers == ()
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_a_layer_that_was_no_reuse_layer_has_no_calibrated_map() -> None:
 )
 def test_what_the_model_cannot_do_is_an_error(layers: list[Any], message: str) -> None:
     with pytest.raises(PolicyError) as error:
-        compose(_config(layers=layers).policy, BASE, 128)
+        compose(_config(layers=layers).policy, BASE, 128, 2)
     assert message in str(error.value)
 
 
@@ -240,26 +242,28 @@ def _plain_budget_blocks(seq_len: int, asked: RowOptions, fraction: float) -> in
     return min(256, max(3, int(-(-blocks * asked.budget_factor // 1))))
 
 
+def _plan(config: Any, seq_lens: list[int], options: dict[int, RowOptions]) -> StepPlan:
+    geometry = replace(GEOMETRY, max_num_reqs=len(seq_lens))
+    schedule = METHOD.schedule(config, geometry)
+    selector = METHOD.make_selector(config, schedule, geometry, torch.device("cpu"))
+    return selector.plan(step_rows(seq_lens, options))
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.25])
 @pytest.mark.parametrize("asked", OPTIONS, ids=str)
 def test_budgets_by_length_equal_a_plain_reading(asked: RowOptions, fraction: float) -> None:
     settings = {"min_context_tokens": 1000, "budget_fraction": fraction}
     config = _config(settings=settings, budgets=TIERS)
-    selector = TidalSelector(config, GEOMETRY, torch.device("cpu"))
     options = {} if asked == RowOptions() else dict.fromkeys(range(len(LENGTHS)), asked)
-    anchor = selector.anchor_state(decode_batch(LENGTHS), options)
-    assert anchor is not None
+    state = anchor_state(_plan(config, LENGTHS, options))
     expected = [_plain_budget_blocks(seq_len, asked, fraction) for seq_len in LENGTHS]
-    assert anchor.budget_blocks.tolist() == expected
+    assert state.budget_blocks.tolist() == expected
 
 
 def test_rows_are_counted_by_what_they_read() -> None:
     def reasons(layers: list[Any]) -> Counter[tuple[str, str]]:
-        selector = TidalSelector(
-            _config(layers=layers, budgets=TIERS), GEOMETRY, torch.device("cpu")
-        )
-        lengths = [72, 73, 1024, 1500, 3000]
-        return Counter(selector.row_reasons(torch.tensor(lengths), {}))
+        config = _config(layers=layers, budgets=TIERS)
+        return Counter(labels(_plan(config, [72, 73, 1024, 1500, 3000], {})))
 
     assert reasons([]) == {
         ("dense", "short_context"): 3,

@@ -9,7 +9,8 @@ import torch
 
 from attn_backends.budget import BudgetConfig, BudgetSelector
 from attn_backends.method import Geometry
-from tests.batches import decode_batch
+from attn_backends.plan import LayerRole, LayerSchedule
+from tests.batches import anchor_state, step_rows
 from vllm_ext.cli import main
 from vllm_ext.cli.profile import probed_budget
 
@@ -50,9 +51,9 @@ def test_it_probes_the_blocks_that_a_server_reads(
     found = probed_budget(512, block_size)
     assert (found.budget_blocks, found.sink_blocks, found.recent_blocks) == blocks
     geometry = Geometry(4, 2, 4, 64, block_size, 1, 8192)
-    served = BudgetSelector(BudgetConfig(), geometry, torch.device("cpu"))
-    state = served.anchor_state(decode_batch([8000]), {})
-    assert state is not None
+    schedule = LayerSchedule.uniform(LayerRole.SELF, 4)
+    served = BudgetSelector(BudgetConfig(), schedule, geometry, torch.device("cpu"))
+    state = anchor_state(served.plan(step_rows([8000])))
     assert (state.budget_blocks.item(), state.sink_blocks, state.recent_blocks) == blocks
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from attn_backends.findings import Findings
-from attn_backends.plan import SELECTING_ROLES, LayerRole, LayerSchedule
+from attn_backends.plan import CHOOSING_ROLES, LayerRole, LayerSchedule
 from vllm_ext.calibration.data import Example
 from vllm_ext.calibration.layer_similarity import LayerSimilarity
 from vllm_ext.calibration.probe import Probe
@@ -204,7 +204,7 @@ def verify(
         divergences[example.kind].append((dense.exp() * (dense - sparse)).sum(-1))
         agreements[example.kind].append((dense.argmax(-1) == sparse.argmax(-1)).float())
     probe.schedule = None
-    anchors = tuple(i for i, role in enumerate(schedule.roles) if role in SELECTING_ROLES)
+    anchors = tuple(i for i, role in enumerate(schedule.roles) if role in CHOOSING_ROLES)
 
     def mean(values: list[torch.Tensor]) -> float:
         return round(float(torch.cat(values).mean()), 6) if values else 0.0

@@ -199,7 +199,7 @@ class Bench:
 
     def verify(self, schedule: LayerSchedule, recordings: list[Recording]) -> Verdict:
         """See ``search.verify``; anchors attend their selection, as they do when served."""
-        served = schedule.with_selecting_anchors()
+        served = schedule.with_narrow_anchors()
         return search.verify(self.model, self.probe, served, recordings)
 
 

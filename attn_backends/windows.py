@@ -1,0 +1,113 @@
+"""Layers whose KV heads read what a span shows them, by position alone (``LayerRole.WINDOW``).
+
+The plan of a step, whatever the method does in its other layers. Spans are data on the device, so
+that heads of one layer may differ, and the launch is the same for all.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attn_backends.batch import BlockSelection, SpanRule
+from attn_backends.method import Geometry, StepRows
+from attn_backends.plan import (
+    DENSE_LAYER,
+    LayerPlan,
+    LayerRole,
+    LayerSchedule,
+    RowReason,
+    Selected,
+    StepPlan,
+)
+from kvcache.spans import BETA_UNIT, Span
+
+
+class WindowLayers:
+    """Selections and token rules of the WINDOW layers.
+
+    Args:
+        schedule: names the layers and their spans, one per KV head.
+        geometry: of the layers.
+        device: of the buffers.
+    """
+
+    def __init__(self, schedule: LayerSchedule, geometry: Geometry, device: torch.device) -> None:
+        kinds = dict.fromkeys(schedule.spans.values())
+        self._kinds = {spans: _Windows(spans, geometry, device) for spans in kinds}
+        self._spans = schedule.spans
+        self._narrowing = {span for spans in kinds for span in spans}
+
+    def plan(self, rows: StepRows) -> dict[int, LayerPlan]:
+        """By layer index, for these layers alone."""
+        plans = {spans: windows.plan(rows) for spans, windows in self._kinds.items()}
+        return {layer: plans[spans] for layer, spans in self._spans.items()}
+
+    def hide_something(self, seq_len: int) -> bool:
+        """Whether some head of some layer leaves out a part of this many tokens."""
+        return not all(span.sees_everything(seq_len) for span in self._narrowing)
+
+
+class _Windows:
+    """The buffers of layers whose heads have these spans."""
+
+    def __init__(self, spans: tuple[Span, ...], geometry: Geometry, device: torch.device) -> None:
+        self._block_size = block_size = geometry.block_size
+        max_blocks = -(-geometry.max_model_len // block_size)
+        self._rule = SpanRule.of(spans, geometry.max_num_reqs, device)
+        self._sink_blocks = -(-self._rule.values[0, :, 0] // block_size)
+        _, self._floor, self._alpha, self._beta = self._rule.values[0].unbind(1)
+        # A window of W tokens touches at most (W - 2) // block_size + 2 blocks, wherever it starts.
+        width = max(
+            -(-span.sink_tokens // block_size)
+            + (span.tokens(geometry.max_model_len) - 2) // block_size
+            + 2
+            for span in spans
+        )
+        shape = (geometry.max_num_reqs, len(spans), min(width, max_blocks))
+        self._steps = torch.arange(shape[2], dtype=torch.int32, device=device)
+        self._is_sink = self._steps < self._sink_blocks[:, None]
+        self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+
+    def plan(self, rows: StepRows) -> LayerPlan:
+        """Sink blocks and window blocks of each row and head."""
+        seq_lens = rows.seq_lens[:, None]
+        elastic = self._alpha + self._beta * seq_lens // BETA_UNIT
+        first_seen = (seq_lens - torch.maximum(self._floor, elastic)).clamp_min(0)
+        # Blocks that lie between sinks and window; 0 where the two touch or overlap.
+        gap = (first_seen // self._block_size - self._sink_blocks).clamp_min(0)
+        num_blocks = (seq_lens + self._block_size - 1) // self._block_size
+        counts, blocks = self._counts[: len(seq_lens)], self._blocks[: len(seq_lens)]
+        counts.copy_(num_blocks - gap)
+        logical = self._steps + gap[:, :, None].masked_fill(self._is_sink, 0)
+        blocks.copy_(logical.masked_fill_(self._steps >= counts[:, :, None], -1))
+        rule = self._rule.rows(0, rows.num_rows)
+        return LayerPlan(Selected(BlockSelection(blocks, counts)), rule)
+
+
+class WindowSelector:
+    """The selector of methods that have nothing but windows, beside layers that read everything.
+
+    Args:
+        schedule: of WINDOW, DENSE and DROP layers.
+        geometry: of the layers.
+        device: of the buffers.
+    """
+
+    def __init__(self, schedule: LayerSchedule, geometry: Geometry, device: torch.device) -> None:
+        self._windows = WindowLayers(schedule, geometry, device)
+        self._dense = dict.fromkeys(schedule.of_role(LayerRole.DENSE), DENSE_LAYER)
+
+    def plan(self, rows: StepRows) -> StepPlan:
+        """See ``Selector.plan``."""
+        return StepPlan({**self._dense, **self._windows.plan(rows)}, self._reasons(rows))
+
+    def _reasons(self, rows: StepRows) -> list[RowReason]:
+        if rows.seq_lens_cpu is None:
+            return [RowReason.UNKNOWN_LENGTH] * rows.num_decodes
+        return [
+            RowReason.SELECTED
+            if self._windows.hide_something(seq_len)
+            else RowReason.EVERYTHING_KEPT
+            for seq_len in rows.seq_lens_cpu.tolist()
+        ]
