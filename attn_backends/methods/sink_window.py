@@ -23,6 +23,7 @@ from attn_backends.profile import load_profile, require_fit
 from attn_backends.recall import RecallWatch
 from attn_backends.reselection import SelectionKeeper
 from kvcache.retention import KeepAll, RetentionPolicy, SinkWindowRetention
+from kvcache.spans import Span
 
 RETENTION_CHOICES = ("evict", "keep_all")
 
@@ -77,8 +78,8 @@ class SinkWindowSelector:
         self._steps = torch.arange(shape[2], dtype=torch.int32, device=device)
         self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
         self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
-        self._sink = torch.full(shape[:2], config.sink_tokens, dtype=torch.int32, device=device)
-        self._window = torch.full(shape[:2], config.window_tokens, dtype=torch.int32, device=device)
+        span = Span(config.sink_tokens, config.window_tokens)
+        self._rule = SpanRule.of([span] * heads, geometry.max_num_reqs, device)
 
     def select(self, batch: PagedBatch) -> BlockSelection:
         """See ``Selector.select``."""
@@ -103,7 +104,7 @@ class SinkWindowSelector:
 
     def span_rule(self, num_reqs: int) -> SpanRule | None:
         """See ``Selector.span_rule``."""
-        return SpanRule(self._sink[:num_reqs], self._window[:num_reqs])
+        return self._rule.rows(0, num_reqs)
 
     def row_reasons(
         self, seq_lens_cpu: torch.Tensor, options: Mapping[int, RowOptions]

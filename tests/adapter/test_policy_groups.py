@@ -87,8 +87,8 @@ def test_layers_with_a_window_get_the_rows_through_it() -> None:
             assert sorted(block for block in read if block >= 0) == sorted(seen)
         for rule, rows in ((plan.decode_rule, 2), (plan.prefill_rule, 1)):
             assert rule is not None
-            assert rule.sink_tokens.tolist() == [[window.sink_tokens] * 2] * rows
-            assert rule.window_tokens.tolist() == [[window.window_tokens] * 2] * rows
+            span = [window.sink_tokens, window.window_tokens, 0, 0]
+            assert rule.values.tolist() == [[span] * 2] * rows
 
 
 def test_without_rows_or_windows_there_is_nothing_to_plan() -> None:
