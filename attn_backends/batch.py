@@ -6,9 +6,12 @@ row of the cache; ``block_table[request, logical_block]`` is the physical one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from kvcache.spans import BETA_UNIT, Span
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,34 @@ class PagedBatch:
 
 @dataclass(frozen=True)
 class SpanRule:
-    """Sinks and window, per row and KV head: which tokens a query may attend.
+    """A ``Span`` per row and KV head: which tokens a query may attend.
 
-    The query at position ``p`` (0-based) sees token ``t`` iff ``t <= p`` and
-    (``t < sink_tokens`` or ``t > p - window_tokens``). It is a rule about tokens and
-    positions, so chunking, batching and block size cannot change it.
+    It is a rule about tokens and positions, so chunking, batching and block size cannot change
+    it. Kernels compute in int32: exact for positions below 2^25.
     """
 
-    sink_tokens: torch.Tensor  # [num_reqs, num_kv_heads] int32, >= 0
-    window_tokens: torch.Tensor  # [num_reqs, num_kv_heads] int32, >= 1
+    # [num_reqs, num_kv_heads, 4] int32, contiguous: sink_tokens, floor_tokens, alpha_tokens,
+    # beta_64ths
+    values: torch.Tensor
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], num_reqs: int, device: torch.device) -> SpanRule:
+        """One span per KV head, the same in all rows."""
+        heads = [(s.sink_tokens, s.floor_tokens, s.alpha_tokens, s.beta_64ths) for s in spans]
+        values = torch.tensor(heads, dtype=torch.int32, device=device)
+        return cls(values.repeat(num_reqs, 1, 1))
 
     def rows(self, first: int, last: int) -> SpanRule:
         """The rule of rows ``[first, last)``."""
-        return SpanRule(self.sink_tokens[first:last], self.window_tokens[first:last])
+        return SpanRule(self.values[first:last])
+
+    def sees(
+        self, row: int, head: int, positions: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Whether queries at ``positions`` see ``tokens`` at or before them; int64, broadcast."""
+        sink, floor, alpha, beta = self.values[row, head].long().unbind()
+        spans = torch.maximum(floor, alpha + beta * (positions + 1) // BETA_UNIT)
+        return (tokens < sink) | (tokens > positions - spans)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class BudgetSelector:
         }
         self._windows = WindowLayers(schedule, geometry, device)
         self._leaves_out = bool(schedule.of_role(LayerRole.REUSE, LayerRole.SELF))
-        self.watch = RecallWatch(
+        self._watch = RecallWatch(
             config.recall_floor,
             config.guard_patience,
             config.guard_interval_steps,
@@ -137,14 +137,14 @@ class BudgetSelector:
 
     def plan(self, rows: StepRows) -> StepPlan:
         """See ``Selector.plan``."""
-        self.watch.begin_step(rows.request_ids)
-        self.watch.forget(rows.ended_ids)
-        options = self.watch.guarded(rows.request_ids, rows.options)
+        self._watch.begin_step(rows.request_ids)
+        self._watch.forget(rows.ended_ids)
+        options = self._watch.guarded(rows.request_ids, rows.options)
         reasons = self._reasons(rows, options)
         kept = self._kept(rows, reasons, options)
         narrowed = [row for row, reason in enumerate(reasons) if reason.is_narrowed]
         due = None if kept is None else kept.due_rows
-        checked = self.watch.expect(rows.request_ids, narrowed, due)
+        checked = self._watch.expect(rows.request_ids, narrowed, due)
         return StepPlan(
             {
                 **self._windows.plan(rows),
@@ -156,6 +156,7 @@ class BudgetSelector:
                 ),
             },
             reasons,
+            self._watch,
         )
 
     def _layers(
@@ -199,7 +200,7 @@ class BudgetSelector:
             budgets,
             self._sink_blocks,
             self._recent_blocks,
-            self.watch.recall[:rows],
+            self._watch.recall[:rows],
         )
 
     def _budget_kind(self, seq_len: int) -> Hashable:

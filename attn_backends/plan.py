@@ -11,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 
 from attn_backends.batch import BlockSelection, SpanRule
 from kvcache.spans import Span
+
+if TYPE_CHECKING:
+    from attn_backends.recall import RecallWatch
 
 
 class LayerRole(Enum):
@@ -214,10 +218,12 @@ class StepPlan:
     Attributes:
         layers: by layer index, all but the dropped ones.
         reasons: of the decode rows.
+        watch: what is known of the anchors' choices, for metrics; None where nobody chooses.
     """
 
     layers: Mapping[int, LayerPlan]
     reasons: Sequence[RowReason]
+    watch: RecallWatch | None = None
 
     @property
     def narrowed_rows(self) -> list[int]:

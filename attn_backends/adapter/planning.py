@@ -37,7 +37,7 @@ class StepPlanner:
     def __init__(
         self, selector: Selector, schedule: LayerSchedule, counters: RowCounters | None
     ) -> None:
-        self.selector = selector
+        self._selector = selector
         self._narrows_decode_only = schedule.narrows_decode_only
         self._counters = counters
         self._ended = BOOK.ended_requests()
@@ -62,7 +62,7 @@ class StepPlanner:
         if not self._served or id(builder) in self._served:
             self._served.clear()
             num_decodes = len(seq_lens)
-            self._plan = self.selector.plan(
+            self._plan = self._selector.plan(
                 StepRows(
                     seq_lens,
                     seq_lens_cpu,
@@ -85,9 +85,8 @@ class StepPlanner:
         path = "dense" if self._narrows_decode_only else "sparse"
         rows[path, "beam_search"] = BOOK.take_beam_steps()
         self._counters.add(rows)
-        watch = getattr(self.selector, "watch", None)
-        if watch is not None:
-            self._counters.show_recall(watch)
+        if self._plan.watch is not None:
+            self._counters.show_recall(self._plan.watch)
 
 
 # By an attention layer of the engine: it lives as long as the engine, and no two share one.

@@ -150,13 +150,21 @@ void add_values(const float* weights, int64_t rows, int64_t block_size, const T*
   });
 }
 
-// Tokens a query at position p sees: [0, p], minus [sink, p - window] where a rule is given.
-struct Rule {
-  int64_t sink;
-  int64_t window;
-  int64_t gap_begin(int64_t) const { return sink; }
-  int64_t gap_end(int64_t position) const { return position - window + 1; }
+// kvcache/spans.py: a query at position p sees the tokens [0, p] but for [sink, gap_end(p)).
+struct Span {
+  int64_t sink, floor, alpha, beta_64ths;
+  // Never falls as the position grows.
+  int64_t gap_end(int64_t position) const {
+    return position + 1 - std::max(floor, alpha + beta_64ths * (position + 1) / 64);
+  }
 };
+
+// values: [num_reqs, num_kv_heads, 4], or null: everything is seen.
+inline Span span_of(const int32_t* values, int64_t row, int64_t head, int64_t num_kv_heads) {
+  if (!values) return {0, std::numeric_limits<int32_t>::max(), 0, 0};
+  const int32_t* v = values + (row * num_kv_heads + head) * 4;
+  return {v[0], v[1], v[2], v[3]};
+}
 
 struct SoftmaxState {  // one per row
   float max = kMinusInf;
@@ -220,7 +228,7 @@ struct DecodeArgs {
   int64_t group;
   const int32_t *block_table, *seq_lens;
   const int32_t *blocks, *counts;  // null: every block of the row
-  const int32_t *sink, *window;    // null: no rule
+  const int32_t* spans;            // null: no rule
   int64_t table_stride, blocks_row_stride, blocks_head_stride, counts_stride;
   float scale;
 };
@@ -239,10 +247,9 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
                   BlockStats stats, int64_t stats_width) {
   const int64_t head_size = a.cache.head_size, block_size = a.cache.block_size;
   const int64_t position = a.seq_lens[row] - 1;
-  const bool has_rule = a.sink != nullptr, reads_values = out != nullptr;
-  const int64_t rule_index = row * a.cache.num_kv_heads + head;
-  const int64_t gap_begin = has_rule ? a.sink[rule_index] : 0;
-  const int64_t gap_end = has_rule ? position - a.window[rule_index] + 1 : 0;
+  const bool reads_values = out != nullptr;
+  const Span span = span_of(a.spans, row, head, a.cache.num_kv_heads);
+  const int64_t gap_begin = span.sink, gap_end = span.gap_end(position);
   float* logits = scratch;                           // [group, block_size]
   float* scaled = scratch + a.group * block_size;    // [group, head_size]
   for (int64_t g = 0; g < a.group; ++g)
@@ -427,7 +434,7 @@ void topk_row(const float* mass, int64_t num_blocks, int64_t budget, int64_t num
 struct PrefillArgs {
   Cache cache;
   int64_t group;
-  const int32_t *query_start, *seq_lens, *block_table, *sink, *window;
+  const int32_t *query_start, *seq_lens, *block_table, *spans;
   int64_t table_stride;
   float scale;
 };
@@ -461,10 +468,7 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
   const int64_t query_len = a.query_start[t.row + 1] - start;
   const int64_t base_position = a.seq_lens[t.row] - query_len;
   const int64_t first_position = base_position + t.first, last_position = base_position + t.last - 1;
-  const bool has_rule = a.sink != nullptr;
-  const int64_t rule_index = t.row * a.cache.num_kv_heads + t.head;
-  const int64_t sink = has_rule ? a.sink[rule_index] : 0;
-  const int64_t window = has_rule ? a.window[rule_index] : last_position + 1;
+  const Span span = span_of(a.spans, t.row, t.head, a.cache.num_kv_heads);
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = query + (start + t.first + r / group) * query_stride +
                     (t.head * group + r % group) * head_size;
@@ -474,11 +478,12 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
   std::fill(s.out.begin(), s.out.end(), 0.f);
   std::fill(s.states.begin(), s.states.end(), SoftmaxState{});
   const int32_t* table = a.block_table + t.row * a.table_stride;
-  const int64_t window_begin = std::max<int64_t>(0, first_position - window + 1);
+  // The tile's first query has the smallest gap: what lies in it is hidden from all.
+  const int64_t tile_gap_end = std::max<int64_t>(0, span.gap_end(first_position));
   for (int64_t block = 0; block <= last_position / block_size; ++block) {
     const int64_t base = block * block_size;
-    if (base >= sink && base + block_size <= window_begin) {
-      block = window_begin / block_size - 1;  // jump over the gap
+    if (base >= span.sink && base + block_size <= tile_gap_end) {
+      block = tile_gap_end / block_size - 1;  // jump over the gap
       continue;
     }
     const float* key = widen(tile<T>(a.cache.key, a.cache, table[block], t.head),
@@ -487,8 +492,8 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = first_position + r / group;
       const int64_t end = std::clamp<int64_t>(position + 1 - base, 0, block_size);
-      const int64_t hidden_begin = std::clamp<int64_t>(sink - base, 0, end);
-      const int64_t hidden_end = std::clamp<int64_t>(position - window + 1 - base, hidden_begin, end);
+      const int64_t hidden_begin = std::clamp<int64_t>(span.sink - base, 0, end);
+      const int64_t hidden_end = std::clamp<int64_t>(span.gap_end(position) - base, hidden_begin, end);
       softmax_row(s.logits.data() + r * block_size, block_size, hidden_begin, hidden_end, end,
                   s.states[r], s.out.data() + r * head_size, head_size);
     }
@@ -496,8 +501,8 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
                                head_size * block_size, s.value);
     // Only tokens that some row of the tile sees are read (hidden memory may hold NaN).
     const int64_t end = std::clamp<int64_t>(last_position + 1 - base, 0, block_size);
-    const int64_t gap_begin = std::clamp<int64_t>(sink - base, 0, end);
-    const int64_t gap_end = std::clamp<int64_t>(window_begin - base, gap_begin, end);
+    const int64_t gap_begin = std::clamp<int64_t>(span.sink - base, 0, end);
+    const int64_t gap_end = std::clamp<int64_t>(tile_gap_end - base, gap_begin, end);
     add_values<float>(s.logits.data(), rows, block_size, value, nullptr, head_size, 0, gap_begin,
                       s.out.data());
     add_values<float>(s.logits.data(), rows, block_size, value, nullptr, head_size, gap_end, end,
@@ -577,11 +582,13 @@ Cache make_cache(const at::Tensor& key_cache, const at::Tensor& value_cache) {
           key_cache.stride(0), key_cache.stride(1), block_size, head_size, key_cache.size(1)};
 }
 
-const int32_t* rule_data(const std::optional<at::Tensor>& tensor, int64_t num_kv_heads) {
-  if (!tensor.has_value()) return nullptr;
-  TORCH_CHECK(tensor->is_contiguous() && tensor->size(1) == num_kv_heads,
-              "a rule tensor must be a contiguous [num_reqs, num_kv_heads]");
-  return tensor->const_data_ptr<int32_t>();
+const int32_t* rule_data(const std::optional<at::Tensor>& rule, int64_t num_reqs,
+                         int64_t num_kv_heads) {
+  if (!rule.has_value()) return nullptr;
+  TORCH_CHECK(rule->is_contiguous() && rule->dim() == 3 && rule->size(0) >= num_reqs &&
+                  rule->size(1) == num_kv_heads && rule->size(2) == 4,
+              "a rule must be a contiguous [num_reqs, num_kv_heads, 4]");
+  return rule->const_data_ptr<int32_t>();
 }
 
 void check_rows(const at::Tensor& query, const at::Tensor& out) {
@@ -601,8 +608,8 @@ void check_rows(const at::Tensor& query, const at::Tensor& out) {
 void sparse_decode(const at::Tensor& query, const at::Tensor& key_cache,
                    const at::Tensor& value_cache, const at::Tensor& block_table,
                    const at::Tensor& seq_lens, const at::Tensor& logical_blocks,
-                   const at::Tensor& counts, const std::optional<at::Tensor>& sink_tokens,
-                   const std::optional<at::Tensor>& window_tokens, double scale, at::Tensor out) {
+                   const at::Tensor& counts, const std::optional<at::Tensor>& rule, double scale,
+                   at::Tensor out) {
   const Cache cache = make_cache(key_cache, value_cache);
   check_rows(query, out);
   const DecodeArgs args{cache,
@@ -611,8 +618,7 @@ void sparse_decode(const at::Tensor& query, const at::Tensor& key_cache,
                         seq_lens.const_data_ptr<int32_t>(),
                         logical_blocks.const_data_ptr<int32_t>(),
                         counts.const_data_ptr<int32_t>(),
-                        rule_data(sink_tokens, cache.num_kv_heads),
-                        rule_data(window_tokens, cache.num_kv_heads),
+                        rule_data(rule, query.size(0), cache.num_kv_heads),
                         block_table.stride(0),
                         logical_blocks.stride(0),
                         logical_blocks.stride(1),
@@ -681,9 +687,7 @@ void block_topk(const at::Tensor& block_mass, const at::Tensor& seq_lens, int64_
 void paged_attention(const at::Tensor& query, const at::Tensor& key_cache,
                      const at::Tensor& value_cache, const at::Tensor& query_start_loc,
                      const at::Tensor& seq_lens, const at::Tensor& block_table,
-                     const std::optional<at::Tensor>& sink_tokens,
-                     const std::optional<at::Tensor>& window_tokens, double scale,
-                     at::Tensor out) {
+                     const std::optional<at::Tensor>& rule, double scale, at::Tensor out) {
   const Cache cache = make_cache(key_cache, value_cache);
   check_rows(query, out);
   const PrefillArgs args{cache,
@@ -691,8 +695,7 @@ void paged_attention(const at::Tensor& query, const at::Tensor& key_cache,
                          query_start_loc.const_data_ptr<int32_t>(),
                          seq_lens.const_data_ptr<int32_t>(),
                          block_table.const_data_ptr<int32_t>(),
-                         rule_data(sink_tokens, cache.num_kv_heads),
-                         rule_data(window_tokens, cache.num_kv_heads),
+                         rule_data(rule, seq_lens.size(0), cache.num_kv_heads),
                          block_table.stride(0),
                          static_cast<float>(scale)};
   DISPATCH_CACHE_DTYPE(key_cache.scalar_type(),
@@ -716,11 +719,11 @@ TORCH_LIBRARY(vllm_ext, m) {
   m.def("cache_write(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
         "Tensor slot_mapping) -> ()");
   m.def("paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, "
-        "Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor? sink_tokens, "
-        "Tensor? window_tokens, float scale, Tensor(a!) out) -> ()");
+        "Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor? rule, "
+        "float scale, Tensor(a!) out) -> ()");
   m.def("sparse_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, "
-        "Tensor seq_lens, Tensor logical_blocks, Tensor counts, Tensor? sink_tokens, "
-        "Tensor? window_tokens, float scale, Tensor(a!) out) -> ()");
+        "Tensor seq_lens, Tensor logical_blocks, Tensor counts, Tensor? rule, float scale, "
+        "Tensor(a!) out) -> ()");
   m.def("anchor_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, "
         "Tensor seq_lens, float scale, Tensor(a!)? out, Tensor(b!)? block_mass) -> ()");
   m.def("block_topk(Tensor block_mass, Tensor seq_lens, int block_size, Tensor budget_blocks, "

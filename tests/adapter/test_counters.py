@@ -92,11 +92,11 @@ def test_gauges_are_of_all_engines(folder: Path) -> None:
 
 def _watch(recall: float) -> RecallWatch:
     watch = RecallWatch(0.5, 1, 64, 4, torch.device("cpu"))
-    for step in range(2):
-        watch.begin_step(step, ["a"])
+    for _ in range(2):
+        watch.begin_step(["a"])
         watch.expect(["a"], [0])
         watch.recall[:1].fill_(recall)
-    watch.begin_step(2, [])
+    watch.begin_step([])
     return watch
 
 

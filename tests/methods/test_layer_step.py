@@ -54,7 +54,7 @@ class _Layer:
         if due is not None:
             rows = torch.tensor(due) if due else None
             way = replace(way, kept=KeptRows(rows, torch.tensor(slots), self.store))
-        way.state.recall.fill_(1.0)
+        self.recall = way.state.recall.fill_(1.0)
         query, out = self.queries[number], torch.empty(ROWS, QUERY_HEADS, HEAD)
         batch = StepBatch(decode=_batch(seq_lens), prefill=None)
         views = kv_views(self.cache, ORDER)
@@ -77,7 +77,7 @@ def test_due_rows_select_and_the_others_read_what_they_selected() -> None:
     expected = torch.stack([plain[0], fresh[1], plain[2]])
     assert torch.equal(chosen, expected)
     # Recall is known of the rows that selected.
-    own = layer.selector.watch.recall[:, 0].tolist()
+    own = layer.recall[:, 0].tolist()
     assert own[0] == own[2] == 1.0
     assert own[1] < 1.0
 

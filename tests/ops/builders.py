@@ -21,7 +21,7 @@ from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.plan import LayerRole, LayerSchedule, Selected
 from attn_backends.windows import WindowSelector
 from kvcache.layout import KVOrder, PagedKVLayout, kv_views
-from kvcache.spans import Span
+from kvcache.spans import BETA_UNIT, Span
 
 NUM_SPARE_BLOCKS = 3  # of nobody, NaN throughout
 
@@ -156,14 +156,23 @@ def single_row(problem: Problem, row: int) -> Problem:
     )
 
 
-def make_rule(
-    problem: Problem, sink_tokens: int, window_tokens: int, per_head: bool = False
-) -> SpanRule:
+def make_rule(problem: Problem, span: Span, per_head: bool = False) -> SpanRule:
     """A rule for all rows; with ``per_head`` every (row, KV head) gets another one."""
-    shape = (problem.batch.num_reqs, problem.layout.num_kv_heads)
-    step = torch.arange(shape[0] * shape[1], dtype=torch.int32).view(shape) * int(per_head)
-    rule = SpanRule(sink_tokens + 5 * step, window_tokens + 7 * step)
-    return SpanRule(rule.sink_tokens.to(problem.device), rule.window_tokens.to(problem.device))
+    num_kv_heads, device = problem.layout.num_kv_heads, problem.device
+    if not per_head:
+        return SpanRule.of([span] * num_kv_heads, problem.batch.num_reqs, device)
+    steps = range(problem.batch.num_reqs * num_kv_heads)
+    varied = [
+        replace(
+            span,
+            sink_tokens=span.sink_tokens + 5 * step,
+            floor_tokens=span.floor_tokens + 7 * step,
+            beta_64ths=(span.beta_64ths * (step + 1)) % (BETA_UNIT + 1),
+        )
+        for step in steps
+    ]
+    values = SpanRule.of(varied, 1, device).values
+    return SpanRule(values.view(problem.batch.num_reqs, num_kv_heads, -1))
 
 
 def full_selection(problem: Problem) -> BlockSelection:
@@ -233,8 +242,9 @@ def visible_tokens(
     for head in range(problem.layout.num_kv_heads):
         seen = token <= position
         if rule is not None:
-            sink, window = int(rule.sink_tokens[row, head]), int(rule.window_tokens[row, head])
-            seen = seen & ((token < sink) | (token > position - window))
+            span = Span(*rule.values[row, head].tolist())
+            firsts = [span.first_seen(p + 1) for p in position.flatten().tolist()]
+            seen = seen & ((token < span.sink_tokens) | (token >= torch.tensor(firsts)[:, None]))
         if selection is not None:
             count = int(selection.counts[row, head])
             chosen = selection.logical_blocks[row, head, :count].cpu()

@@ -12,6 +12,7 @@ from attn_backends.batch import PagedBatch, SpanRule
 from attn_backends.ops.dispatch import OpImpl
 from attn_backends.ops.paged_attention.api import implementations
 from kvcache.layout import KVOrder
+from kvcache.spans import BETA_UNIT, Span, everything
 from tests.ops.builders import (
     Problem,
     dense_attention,
@@ -98,10 +99,10 @@ CASES = [
 ]
 RULES = [
     pytest.param(None, id="causal"),
-    pytest.param({"sink_tokens": 0, "window_tokens": 20}, id="sink0-window20"),
-    pytest.param({"sink_tokens": 5, "window_tokens": 33}, id="sink5-window33"),
-    pytest.param({"sink_tokens": 17, "window_tokens": 1}, id="sink17-window1"),
-    pytest.param({"sink_tokens": 3, "window_tokens": 11, "per_head": True}, id="rule_per_head"),
+    pytest.param({"span": Span(0, 20)}, id="sink0-window20"),
+    pytest.param({"span": Span(5, 33, -40, 48)}, id="sink5-elastic48-alpha_negative"),
+    pytest.param({"span": Span(17, 1)}, id="sink17-window1"),
+    pytest.param({"span": Span(3, 11, -5, 24), "per_head": True}, id="rule_per_head"),
 ]
 
 
@@ -147,9 +148,26 @@ def test_equals_dense_attention_and_never_reads_hidden_tokens(
 def test_a_rule_that_hides_nothing_changes_nothing(impl: OpImpl) -> None:
     problem = _problem(impl, seq_lens=(33, 100), query_lens=(33, 9))
     plain = _run(impl, problem, None)
-    for sink_tokens, window_tokens in ((0, 1 << 20), (1 << 20, 1), (64, 64)):
-        ruled = _run(impl, problem, make_rule(problem, sink_tokens, window_tokens))
-        assert_bitwise_equal(ruled, plain)
+    for span in (everything(), Span(1 << 20, 1), Span(64, 64), Span(0, 1, beta_64ths=64)):
+        assert_bitwise_equal(_run(impl, problem, make_rule(problem, span)), plain)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_elastic_spans_hold_at_every_position_for_every_beta(impl: OpImpl) -> None:
+    # One KV head per beta. One token more or less would change a result by a fiftieth or more.
+    problem = _problem(
+        impl,
+        seq_lens=(50,),
+        query_lens=(50,),
+        num_q_heads=BETA_UNIT + 1,
+        num_kv_heads=BETA_UNIT + 1,
+        head_size=16,
+        block_size=16,
+    )
+    for alpha_tokens in (-7, 0, 3):
+        spans = [Span(2, 1, alpha_tokens, beta) for beta in range(BETA_UNIT + 1)]
+        rule = SpanRule.of(spans, 1, problem.device)
+        _check(_run(impl, problem, rule), problem, rule)
 
 
 @pytest.mark.parametrize("rule_args", RULES[:3])

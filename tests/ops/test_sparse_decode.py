@@ -13,6 +13,7 @@ from attn_backends.ops.dispatch import OpImpl
 from attn_backends.ops.paged_attention.api import implementations as paged_implementations
 from attn_backends.ops.sparse_decode.api import implementations
 from kvcache.layout import KVOrder
+from kvcache.spans import BETA_UNIT, Span
 from tests.ops.builders import (
     Problem,
     dense_attention,
@@ -87,8 +88,8 @@ CASES = [
 ]
 RULES = [
     pytest.param(None, id="no_rule"),
-    pytest.param({"sink_tokens": 0, "window_tokens": 40}, id="sink0-window40"),
-    pytest.param({"sink_tokens": 7, "window_tokens": 33, "per_head": True}, id="rule_per_head"),
+    pytest.param({"span": Span(0, 40)}, id="sink0-window40"),
+    pytest.param({"span": Span(7, 33, -30, 24), "per_head": True}, id="elastic_rule_per_head"),
 ]
 SELECTIONS = [
     pytest.param(full_selection, id="full"),
@@ -193,6 +194,25 @@ def test_sink_window_decode_equals_the_last_token_of_ruled_prefill(
     eager = dense_attention(problem, rule, problem.layout.dtype)
     for actual in (decoded, prefilled.cpu()):
         assert_no_worse_than_eager(actual, exact, eager, problem.layout.dtype)
+
+
+@pytest.mark.parametrize("alpha_tokens", [-7, 3])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_elastic_spans_hold_for_every_beta(impl: OpImpl, alpha_tokens: int) -> None:
+    # One KV head per beta. One token more or less would change a result by a hundredth or more.
+    heads = BETA_UNIT + 1
+    problem = _decode_problem(
+        impl,
+        seq_lens=(100, 47, 2),
+        num_q_heads=heads,
+        num_kv_heads=heads,
+        head_size=16,
+        block_size=16,
+    )
+    spans = [Span(2, 1, alpha_tokens, beta) for beta in range(heads)]
+    rule, selection = SpanRule.of(spans, 3, problem.device), full_selection(problem)
+    poison_hidden(problem, rule, selection)
+    _check(_run(impl, problem, selection, rule), problem, rule, selection)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -173,7 +173,7 @@ def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> Non
     if not _active["is_served"]:
         raise VLLMValidationError("vllm_xargs: this server runs dense, options are void")
     schedule = _active["schedule"]
-    if options.is_dense and schedule is not None and schedule.windows:
+    if options.is_dense and schedule is not None and schedule.spans:
         raise VLLMValidationError(
             "vllm_xargs.sparse is 'off', but this server's policy has window layers, and what is "
             "in its prefix cache was computed through them; use 'accurate' or budget_tokens"

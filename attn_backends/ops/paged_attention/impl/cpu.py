@@ -27,8 +27,7 @@ def run(
         batch.query_start_loc,
         batch.seq_lens,
         batch.block_table,
-        None if rule is None else rule.sink_tokens,
-        None if rule is None else rule.window_tokens,
+        None if rule is None else rule.values,
         scale,
         out,
     )

@@ -32,8 +32,7 @@ def run(
         for head in range(num_kv_heads):
             visible = tokens <= positions[:, None]  # [query_len, seq_len]
             if rule is not None:
-                in_window = tokens > positions[:, None] - rule.window_tokens[row, head]
-                visible = visible & (in_window | (tokens < rule.sink_tokens[row, head]))
+                visible = visible & rule.sees(row, head, positions[:, None], tokens)
             seen = visible.any(dim=0)
             keys = key_cache[table, head].flatten(0, 1)[:seq_len].float()
             values = value_cache[table, head].flatten(0, 1)[:seq_len].float()

@@ -3,7 +3,7 @@
 Flash attention over a paged cache: one program serves one tile of query tokens of one
 row, with all query heads of one KV head packed into the tile, and walks the KV blocks
 with an online softmax in fp32. With a ``SpanRule`` it steps over the blocks that lie
-between the sinks and the window of the whole tile, so prefill costs the budget per query
+between the sinks and the span of the whole tile, so prefill costs the budget per query
 and not the context.
 
 The grid depends on shapes and ``batch.max_query_len`` only; lengths and rules stay on the
@@ -55,7 +55,7 @@ def run(
     interpreted = _interpreted()
     # The interpreter truncates when it converts to bf16; there, torch does the rounding.
     target = out.float() if interpreted else out
-    sinks, windows = (rule.sink_tokens, rule.window_tokens) if rule else (batch.seq_lens,) * 2
+    spans = rule.values if rule else batch.block_table  # not read without a rule
     kernel[(num_tiles, num_kv_heads, batch.num_reqs)](
         query,
         key_cache,
@@ -64,8 +64,7 @@ def run(
         batch.query_start_loc,
         batch.seq_lens,
         batch.block_table,
-        sinks,
-        windows,
+        spans,
         scale,
         query.stride(0),
         query.stride(1),
@@ -74,8 +73,7 @@ def run(
         target.stride(0),
         target.stride(1),
         batch.block_table.stride(0),
-        *(sinks.stride() if rule else (0, 0)),
-        *(windows.stride() if rule else (0, 0)),
+        *spans.stride()[:2],
         GROUP=group,
         HEAD_SIZE=head_size,
         HEAD_PAD=max(16, triton.next_power_of_2(head_size)),
@@ -135,8 +133,7 @@ def _paged_attention_kernel(
     query_start_loc_ptr,
     seq_lens_ptr,
     block_table_ptr,
-    sink_tokens_ptr,
-    window_tokens_ptr,
+    spans_ptr,
     scale,
     stride_query_token,
     stride_query_head,
@@ -151,10 +148,8 @@ def _paged_attention_kernel(
     stride_out_token,
     stride_out_head,
     stride_table_row,
-    stride_sink_row,
-    stride_sink_head,
-    stride_window_row,
-    stride_window_head,
+    stride_span_row,
+    stride_span_head,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -200,13 +195,18 @@ def _paged_attention_kernel(
 
     num_steps = (last_position + BLOCK_SIZE) // BLOCK_SIZE
     if HAS_RULE:
-        sink_tokens = tl.load(sink_tokens_ptr + row * stride_sink_row + kv_head * stride_sink_head)
-        window_tokens = tl.load(
-            window_tokens_ptr + row * stride_window_row + kv_head * stride_window_head
-        )
-        # The tile's first query has the earliest window; what lies between the sinks and
-        # that window is hidden from every query of the tile.
-        window_block = tl.maximum(first_position - window_tokens + 1, 0) // BLOCK_SIZE
+        span_ptr = spans_ptr + row * stride_span_row + kv_head * stride_span_head
+        sink_tokens = tl.load(span_ptr)
+        floor_tokens = tl.load(span_ptr + 1)
+        alpha_tokens = tl.load(span_ptr + 2)
+        beta_64ths = tl.load(span_ptr + 3)
+        elastic = alpha_tokens + beta_64ths * (positions + 1) // 64
+        first_seen = positions + 1 - tl.maximum(floor_tokens, elastic)  # [BLOCK_M], sinks apart
+        # What a query sees first never falls, so the tile's first query bounds the gap: what
+        # lies between the sinks and its span is hidden from every query of the tile.
+        elastic = alpha_tokens + beta_64ths * (first_position + 1) // 64
+        tile_first_seen = first_position + 1 - tl.maximum(floor_tokens, elastic)
+        window_block = tl.maximum(tile_first_seen, 0) // BLOCK_SIZE
         num_sink_blocks = tl.minimum((sink_tokens + BLOCK_SIZE - 1) // BLOCK_SIZE, num_steps)
         gap = tl.maximum(window_block - num_sink_blocks, 0)
         num_steps -= gap
@@ -225,9 +225,8 @@ def _paged_attention_kernel(
         visible = tokens[None, :] <= positions[:, None]  # [BLOCK_M, BLOCK_N]
         if HAS_RULE:
             is_sink = tokens < sink_tokens
-            token_mask = token_mask & (is_sink | (tokens > first_position - window_tokens))
-            in_window = tokens[None, :] > positions[:, None] - window_tokens
-            visible = visible & (is_sink[None, :] | in_window)
+            token_mask = token_mask & (is_sink | (tokens >= tile_first_seen))
+            visible = visible & (is_sink[None, :] | (tokens[None, :] >= first_seen[:, None]))
         visible = visible & token_mask[None, :]
 
         physical_block = tl.load(

@@ -29,8 +29,7 @@ def run(
         batch.seq_lens,
         selection.logical_blocks,
         selection.counts,
-        None if rule is None else rule.sink_tokens,
-        None if rule is None else rule.window_tokens,
+        None if rule is None else rule.values,
         scale,
         out,
     )

@@ -31,8 +31,7 @@ def run(
             tokens = (logical_blocks[:, None] * block_size + offsets).flatten()
             visible = tokens < seq_len
             if rule is not None:
-                in_window = tokens > seq_len - 1 - rule.window_tokens[row, head]
-                visible = visible & (in_window | (tokens < rule.sink_tokens[row, head]))
+                visible = visible & rule.sees(row, head, batch.seq_lens[row].long() - 1, tokens)
             keys = key_cache[physical_blocks, head].flatten(0, 1)[visible].float()
             values = value_cache[physical_blocks, head].flatten(0, 1)[visible].float()
             heads = slice(head * group, (head + 1) * group)

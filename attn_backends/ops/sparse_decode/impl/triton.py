@@ -60,7 +60,7 @@ def run(
     partial_max = query.new_empty(partials, dtype=torch.float32)
     partial_sum = query.new_empty(partials, dtype=torch.float32)
     interpreted = _interpreted()
-    sinks, windows = (rule.sink_tokens, rule.window_tokens) if rule else (selection.counts,) * 2
+    spans = rule.values if rule else selection.counts  # not read without a rule
     sizes = {
         "GROUP": group,
         "HEAD_SIZE": head_size,
@@ -80,8 +80,7 @@ def run(
         batch.block_table,
         selection.logical_blocks,
         selection.counts,
-        sinks,
-        windows,
+        spans,
         scale,
         query.stride(0),
         query.stride(1),
@@ -92,8 +91,7 @@ def run(
         batch.block_table.stride(0),
         *selection.logical_blocks.stride()[:2],
         *selection.counts.stride(),
-        *sinks.stride(),
-        *windows.stride(),
+        *spans.stride()[:2],
         GROUP_PAD=max(16, triton.next_power_of_2(group)),  # tl.dot needs 16 rows
         BLOCK_SIZE=block_size,
         BLOCK_N=max(16, triton.next_power_of_2(block_size)),
@@ -168,8 +166,7 @@ def _partial_kernel(
     block_table_ptr,
     logical_blocks_ptr,
     counts_ptr,
-    sink_tokens_ptr,
-    window_tokens_ptr,
+    spans_ptr,
     scale,
     stride_query_row,
     stride_query_head,
@@ -188,10 +185,8 @@ def _partial_kernel(
     stride_logical_head,
     stride_count_row,
     stride_count_head,
-    stride_sink_row,
-    stride_sink_head,
-    stride_window_row,
-    stride_window_head,
+    stride_span_row,
+    stride_span_head,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -231,10 +226,10 @@ def _partial_kernel(
     if UPCAST:  # the interpreter's bf16 dot is wrong
         query_tile = query_tile.to(tl.float32)
     if HAS_RULE:
-        sink_tokens = tl.load(sink_tokens_ptr + row * stride_sink_row + kv_head * stride_sink_head)
-        first_window_token = seq_len - tl.load(
-            window_tokens_ptr + row * stride_window_row + kv_head * stride_window_head
-        )
+        span_ptr = spans_ptr + row * stride_span_row + kv_head * stride_span_head
+        sink_tokens = tl.load(span_ptr)
+        elastic = tl.load(span_ptr + 2) + tl.load(span_ptr + 3) * seq_len // 64
+        first_seen = seq_len - tl.maximum(tl.load(span_ptr + 1), elastic)  # sinks apart
 
     running_max = tl.full([GROUP_PAD], float("-inf"), dtype=tl.float32)
     running_sum = tl.zeros([GROUP_PAD], dtype=tl.float32)
@@ -250,7 +245,7 @@ def _partial_kernel(
         # Masked at the load and not only in the logits: 0 * NaN would be NaN.
         token_mask = (offsets < BLOCK_SIZE) & (tokens < seq_len)
         if HAS_RULE:
-            token_mask = token_mask & ((tokens < sink_tokens) | (tokens >= first_window_token))
+            token_mask = token_mask & ((tokens < sink_tokens) | (tokens >= first_seen))
         key_tile = tl.load(  # [HEAD_PAD, BLOCK_N]
             key_ptr
             + physical_block * stride_key_block
