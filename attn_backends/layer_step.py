@@ -29,6 +29,23 @@ class StepBatch:
     decode: PagedBatch | None
     prefill: PagedBatch | None
 
+    @classmethod
+    def split(cls, batch: PagedBatch, num_decodes: int, max_model_len: int) -> StepBatch:
+        """The two kinds of rows of a batch whose first ``num_decodes`` are decode rows.
+
+        Args:
+            batch: all rows.
+            num_decodes: how many are decode rows.
+            max_model_len: stands for the longest decode row, so that launches cannot depend on it.
+        """
+        decode = prefill = None
+        if num_decodes:
+            rows = batch.rows(0, num_decodes, 0, num_decodes)
+            decode = replace(rows, max_query_len=1, max_seq_len=max_model_len)
+        if num_decodes < batch.num_reqs:
+            prefill = batch.rows(num_decodes, batch.num_reqs, num_decodes, batch.num_tokens)
+        return cls(decode, prefill)
+
     @property
     def num_decodes(self) -> int:
         """Decode rows, and their tokens."""

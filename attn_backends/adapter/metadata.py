@@ -134,7 +134,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         common = common_attn_metadata
         # A last prompt token on its own (a prefix hit, a chunk) is prefill too: what it writes may
         # serve others through the prefix cache. vLLM puts such rows behind the decode rows.
-        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+        num_decodes, *_ = split_decodes_and_prefills(
             common, treat_short_extends_as_decodes=common.is_prefilling is None
         )
         batch = PagedBatch(
@@ -146,16 +146,6 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
         )
-        decode = prefill = None
-        if num_decodes:
-            # Launches must not depend on lengths: the bound is the same for every batch.
-            decode = replace(
-                batch.rows(0, num_decodes, 0, num_decode_tokens),
-                max_query_len=1,
-                max_seq_len=self._max_model_len,
-            )
-        if num_prefills:
-            prefill = batch.rows(num_decodes, batch.num_reqs, num_decode_tokens, batch.num_tokens)
         lens_cpu = common.seq_lens_cpu_upper_bound
         plan = self._planner.plan(
             self,
@@ -168,7 +158,8 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             for name, index in self._layer_of.items()
             if index in plan.layers
         }
-        return ExtMetadata(StepBatch(decode, prefill), layers, plan.narrowed_rows, self._ops)
+        rows = StepBatch.split(batch, num_decodes, self._max_model_len)
+        return ExtMetadata(rows, layers, plan.narrowed_rows, self._ops)
 
 
 def _require_our_layers(layers: dict[str, Attention], method: SparseMethod) -> None:

@@ -1,0 +1,135 @@
+"""What a decode step launches depends on the number of its rows alone.
+
+A CUDA graph that was captured for a number of rows is replayed for every batch of that size, so
+all that differs between such batches must be data in the same buffers. This test needs no GPU: it
+writes down, per step, every call of an op with the addresses and shapes of its tensors and its
+Python scalars, and finds it equal for any two decode batches of one size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from attn_backends.batch import PagedBatch, RowOptions
+from attn_backends.config import parse_config
+from attn_backends.layer_step import LayerStep, StepBatch
+from attn_backends.method import Geometry, StepRows
+from attn_backends.methods import REGISTRY, load_method
+from attn_backends.ops.dispatch import OpContext, OpImpl
+from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops, resolve_ops
+from kvcache.layout import PagedKVLayout, kv_views
+
+ROWS, LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK = 3, 6, 2, 4, 32, 32
+MAX_MODEL_LEN = 2048
+BLOCKS = MAX_MODEL_LEN // BLOCK
+ORDER = ORDER_OF_DEVICE["cpu"]
+GEOMETRY = Geometry(LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, 8, MAX_MODEL_LEN)
+# Besides its defaults, what a method can be told that changes what its layers do.
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    *[(name, {}) for name in REGISTRY],
+    ("TIDAL_DECODE", {"anchor_attention": "full"}),
+    (
+        "TIDAL_DECODE",
+        {
+            "policy": {
+                "layers": [{"layers": 3, "role": "window", "sink_tokens": 32, "window_tokens": 64}],
+                "budgets": [{"up_to_tokens": 1500, "budget_tokens": "all"}],
+            }
+        },
+    ),
+]
+
+
+def _told(value: Any) -> Any:
+    """What a launch is told: addresses and shapes of tensors, everything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr(), value.shape, value.stride(), value.dtype
+    if is_dataclass(value):
+        return [(one.name, _told(getattr(value, one.name))) for one in fields(value)]
+    return value
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What differs between two batches of a size."""
+
+    seq_lens: list[int]
+    request_ids: tuple[str, ...]
+    options: Mapping[int, RowOptions]
+    ended_ids: tuple[str, ...] = ()
+
+
+BATCHES = [
+    _Batch([2000, 1900, 1800], ("a", "b", "c"), {}),
+    _Batch([1, 2, 31], ("d", "e", "f"), {}, ended_ids=("a", "b", "c")),
+    _Batch([2048, 5, 1025], ("g", "h", "i"), {}),
+    _Batch([1700, 1700, 1700], ("g", "h", "i"), {0: RowOptions(is_dense=True)}),
+    _Batch(
+        [1999, 64, 1500],
+        ("i", "j", "g"),  # one was preempted, another took its row
+        {1: RowOptions(budget_tokens=256), 2: RowOptions(budget_factor=2.0)},
+    ),
+    _Batch([300, 1200, 2047], (), {}),  # of a worker that does not tell ids
+]
+
+
+class _Engine:
+    """One method's layers over one cache, with persistent buffers as an engine has them."""
+
+    def __init__(self, method_name: str, settings: dict[str, Any]) -> None:
+        method = load_method(method_name)
+        config = parse_config(method.config_cls, settings, method.name)
+        schedule = method.schedule(config, GEOMETRY)
+        self.selector = method.make_selector(config, schedule, GEOMETRY, torch.device("cpu"))
+        self.calls: list[Any] = []
+        layout = PagedKVLayout(BLOCKS, BLOCK, KV_HEADS, HEAD, torch.float32, ORDER)
+        context = OpContext(layout, QUERY_HEADS, "cpu", bool(schedule.spans))
+        ops = resolve_ops(context, "reference")
+        self.ops = Ops(*(self._recorded(getattr(ops, one.name)) for one in fields(ops)))
+        self.cache = torch.randn(layout.shape)
+        self.query = torch.randn(ROWS, QUERY_HEADS, HEAD)
+        self.out = torch.empty_like(self.query)
+        self.seq_lens = torch.zeros(ROWS, dtype=torch.int32)
+        self.starts = torch.arange(ROWS + 1, dtype=torch.int32)
+        self.table = torch.arange(BLOCKS, dtype=torch.int32).repeat(ROWS, 1)
+
+    def _recorded(self, op: OpImpl) -> OpImpl:
+        def run(*arguments: Any) -> None:
+            self.calls.append((op.op, [_told(one) for one in arguments]))
+            op.run(*arguments)
+
+        return OpImpl(op.op, op.name, run, op.unsupported_reason)
+
+    def step(self, batch: _Batch) -> list[Any]:
+        """Runs a decode step; every call it made."""
+        self.calls = []
+        lengths = torch.tensor(batch.seq_lens, dtype=torch.int32)
+        self.seq_lens.copy_(lengths)
+        paged = PagedBatch(
+            self.starts, self.seq_lens, self.table, ROWS, ROWS, 1, max(batch.seq_lens)
+        )
+        rows = StepRows(
+            self.seq_lens, lengths, ROWS, batch.request_ids, batch.options, batch.ended_ids
+        )
+        plan = self.selector.plan(rows)
+        step = StepBatch.split(paged, ROWS, MAX_MODEL_LEN)
+        for layer in sorted(plan.layers):
+            views = kv_views(self.cache, ORDER)
+            LayerStep(plan.layers[layer], step, self.ops, views, 0.2).attend(self.query, self.out)
+        return self.calls
+
+
+@pytest.mark.parametrize(("method_name", "settings"), SETTINGS, ids=str)
+def test_launches_depend_on_the_number_of_rows_alone(
+    method_name: str, settings: dict[str, Any]
+) -> None:
+    engine = _Engine(method_name, settings)
+    captured = engine.step(BATCHES[0])
+    assert len(captured) >= LAYERS
+    for batch in BATCHES:
+        assert engine.step(batch) == captured, f"another launch for {batch}"
