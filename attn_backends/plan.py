@@ -2,7 +2,7 @@
 
 A layer's plan is one of a few frozen records, each with just what it needs. Which ops a layer then
 runs, on which buffers, follows from the records' types and the number of rows alone: lengths,
-budgets and options are data in persistent buffers (docs/adr/0012), so that a graph captured for a
+budgets and options are data in persistent buffers (docs/adr/0010), so that a graph captured for a
 number of rows is right for every such batch.
 """
 
