@@ -113,6 +113,7 @@ class BudgetSelector:
         self._mapped = BlockSelection.empty(shape, device)
         self._mass = torch.zeros(shape, dtype=torch.float32, device=device)
         self._budgets = torch.zeros(shape[0], dtype=torch.int32, device=device)
+        self._scored_lens = torch.zeros(shape[0], dtype=torch.int32, device=device)
         self._head_maps = {
             layer: torch.tensor(heads, device=device) for layer, heads in schedule.head_maps.items()
         }
@@ -191,13 +192,16 @@ class BudgetSelector:
         return self._keeper.begin_step(ids, rows.seq_lens_cpu.tolist(), keys)
 
     def _state(self, seq_lens: torch.Tensor, options: Mapping[int, RowOptions]) -> AnchorState:
-        """Short and dense rows get a budget for everything."""
+        """Short and dense rows get a budget for everything, and so need no scores."""
         rows = len(seq_lens)
-        budgets = self._budgets[:rows]
+        budgets, scored_lens = self._budgets[:rows], self._scored_lens[:rows]
         budgets.copy_(self._budget_blocks_of(seq_lens, options))
+        keeps_all = budgets * self._block_size >= seq_lens
+        scored_lens.copy_(torch.where(keeps_all, seq_lens.clamp_max(1), seq_lens))
         return AnchorState(
             self._mass[:rows],
             budgets,
+            scored_lens,
             self._sink_blocks,
             self._recent_blocks,
             self._watch.recall[:rows],

@@ -138,8 +138,9 @@ class LayerStep:
     ) -> None:
         """Overwrites the selection, the anchor's before, with this layer's choice."""
         state = way.state
+        scored = decode if attended is not None else replace(decode, seq_lens=state.scored_lens)
         self.ops.anchor_decode.run(
-            query, *self.views, decode, self.scale, attended, state.block_mass
+            query, *self.views, scored, self.scale, attended, state.block_mass
         )
         own, inherited, _ = state.recall.unbind(1)
         if way.inherits:
@@ -220,5 +221,6 @@ def _of_rows(state: AnchorState, rows: torch.Tensor) -> AnchorState:
         state,
         block_mass=state.block_mass[: len(rows)],
         budget_blocks=state.budget_blocks[rows],
+        scored_lens=state.scored_lens[rows],
         recall=state.recall[rows],
     )

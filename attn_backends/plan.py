@@ -144,6 +144,7 @@ class AnchorState:
 
     block_mass: torch.Tensor  # [num_reqs, num_kv_heads, max_blocks] fp32
     budget_blocks: torch.Tensor  # [num_reqs] int32
+    scored_lens: torch.Tensor  # [num_reqs] int32: tokens to score; 1 in rows that keep everything
     sink_blocks: int
     recent_blocks: int
     recall: torch.Tensor  # [num_reqs, 3] fp32, least recall of each kind so far (recall.py)

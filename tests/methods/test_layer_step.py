@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch
+from attn_backends.batch import BlockSelection, PagedBatch, RowOptions
 from attn_backends.budget import BudgetConfig, BudgetSelector
 from attn_backends.layer_step import LayerStep, StepBatch
 from attn_backends.method import Geometry
 from attn_backends.ops.dispatch import OpContext
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, resolve_ops
-from attn_backends.plan import Anchor, KeptRows, LayerRole, LayerSchedule
+from attn_backends.plan import Anchor, Dense, KeptRows, LayerPlan, LayerRole, LayerSchedule
 from kvcache.layout import PagedKVLayout, kv_views
 from tests.batches import decode_batch, step_rows
 
@@ -102,3 +102,19 @@ def test_rows_that_moved_find_their_selection() -> None:
     _, chosen = layer.step(0, [340, 200, 300], [0, 1, 2], [2, 0, 1])
     _, moved = layer.step(1, [200, 300, 340], [], [0, 1, 2])
     assert torch.equal(moved, chosen[[1, 2, 0]])
+
+
+def test_rows_that_keep_everything_are_read_whole_and_not_scored() -> None:
+    layer = _Layer()
+    rows = step_rows([340, 100, 128], {0: RowOptions(is_dense=True)})
+    plan = layer.selector.plan(rows).layers[0]
+    assert isinstance(plan.decode, Anchor)
+    assert plan.decode.state.scored_lens.tolist() == [1, 1, 1]
+    query, out = layer.queries[0], torch.empty(ROWS, QUERY_HEADS, HEAD)
+    batch = StepBatch(decode=_batch([340, 100, 128]), prefill=None)
+    views = kv_views(layer.cache, ORDER)
+    LayerStep(plan, batch, layer.ops, views, SCALE).attend(query, out)
+    dense = torch.empty_like(out)
+    LayerStep(LayerPlan(Dense()), batch, layer.ops, views, SCALE).attend(query, dense)
+    torch.testing.assert_close(out, dense)
+    assert plan.decode.state.recall[:, 0].tolist() == [1.0] * ROWS
