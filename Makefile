@@ -27,7 +27,7 @@ serve: setup
 
 ray:
 	@bash scripts/setup.sh ray
-	@.venv/bin/python -m deploy.ray_local --port $(PORT) $(ARGS)
+	@.venv/bin/python -m deploy.ray.local --port $(PORT) $(ARGS)
 
 test: check
 	.venv/bin/python -m pytest

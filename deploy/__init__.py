@@ -1,1 +1,1 @@
-"""Deployment: the Ray Serve application, a soak, and what clients see of faults."""
+"""Deployment: how it is served, watched, measured under load, and broken on purpose."""

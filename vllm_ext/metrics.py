@@ -20,7 +20,7 @@ from kvcache.adapter.figures import FOLDER_ENV, metrics_folder
 
 RATIO = "vllm_ext:activation_ratio"
 RATIO_HELP = "Share of decode rows served by the sparse path since the start, over all engines."
-_ROWS = "vllm_ext:decode_rows"
+ROWS = "vllm_ext:decode_rows"
 
 
 class WorkerFigures(Collector):
@@ -39,7 +39,7 @@ class WorkerFigures(Collector):
             return []
         collector: Any = MultiProcessCollector  # prometheus_client is partly untyped
         families: list[Metric] = [*collector(CollectorRegistry(), path=str(self._folder)).collect()]
-        return [*families, *(_ratio(family) for family in families if family.name == _ROWS)]
+        return [*families, *(_ratio(family) for family in families if family.name == ROWS)]
 
 
 def _ratio(rows: Metric) -> Metric:
@@ -98,7 +98,7 @@ def decode_rows() -> dict[tuple[str, str, str], float]:
     return {
         (labels["method"], labels["path"], labels["reason"]): sample.value
         for family in WorkerFigures(folder).collect()
-        if family.name == _ROWS
+        if family.name == ROWS
         for sample in family.samples
         if (labels := sample.labels)
     }

@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from attn_backends.config import ConfigError
-from attn_backends.methods import REGISTRY
 from deploy.loadtest import grid, report
 from deploy.loadtest.client import client_environment
 from deploy.loadtest.endpoint import require_loopback
@@ -24,7 +22,8 @@ from deploy.loadtest.server import check_arms, serve_words
 from deploy.loadtest.store import Store
 from vllm_ext.bench.decode import STOCK, machine
 from vllm_ext.cli.flags import add_setting_flags, setting_fields
-from vllm_ext.errors import UserError
+from vllm_ext.errors import ConfigError, UserError
+from vllm_ext.methods import REGISTRY
 
 SMALL_ARMS = [STOCK, "TIDAL_DECODE", "SINK_WINDOW"]
 # The oracle reads everything to know the best choice: it is there for quality, not for speed.

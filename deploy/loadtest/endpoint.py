@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from attn_backends.adapter.counters import ROWS
 from vllm_ext.errors import UserError
+from vllm_ext.metrics import ROWS
 
 KV_USE = "vllm:kv_cache_usage_perc"
 PREFIX_HITS = "vllm:prefix_cache_hits_total"

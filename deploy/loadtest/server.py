@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from attn_backends.config import known_settings
-from attn_backends.methods import REGISTRY, load_method
 from deploy.loadtest.endpoint import fetch
 from vllm_ext.bench.decode import STOCK
 from vllm_ext.errors import UserError
+from vllm_ext.methods import REGISTRY, own_settings
 from vllm_ext.plugin import DISABLE_ENV
 
 # `python -c`, not the installed script: the copy that is being worked on must be the one served.
@@ -40,8 +39,7 @@ def serve_words(
     words += shlex.split(server_args)
     if arm != STOCK:
         words += ["--attention-backend", arm]
-        own = known_settings(load_method(arm).config_cls, settings)
-        for name, value in own.items():
+        for name, value in own_settings(arm, settings).items():
             flag = name.replace("_", "-")
             is_switch = isinstance(value, bool)
             words += (

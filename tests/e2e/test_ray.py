@@ -44,7 +44,7 @@ def application(
 ) -> Iterator[SimpleNamespace]:
     """The running application: its output so far, and when it was ready."""
     log = tmp_path_factory.mktemp("ray") / "log.txt"
-    argv = [sys.executable, "-m", "deploy.ray_local", "--port", str(PORT)]
+    argv = [sys.executable, "-m", "deploy.ray.local", "--port", str(PORT)]
     argv += ["--ray-port", str(RAY_PORT)]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -118,7 +118,7 @@ def test_long_prompts_are_served_by_the_method(client: Any) -> None:
 
 def test_a_replicas_engine_is_one_process_that_gives_way(application: SimpleNamespace) -> None:
     """Each process imports vLLM, beside the load; who serves yields to who starts."""
-    from deploy.faults import replicas
+    from deploy.chaos.faults import replicas
 
     running = replicas(f"127.0.0.2:{RAY_PORT}")
     assert len(running) == 2
@@ -153,7 +153,7 @@ def test_prompts_without_text_do_not_hang(client: Any) -> None:
 
 
 def test_the_router_sees_the_prefixes_of_token_ids() -> None:
-    from deploy.ray_router import PrefixRouter
+    from deploy.ray.router import PrefixRouter
 
     router = object.__new__(PrefixRouter)  # the method needs no cluster
 
@@ -189,7 +189,7 @@ def test_options_that_cannot_be_honoured_are_a_400(client: Any) -> None:
 
 
 def test_a_replica_without_the_extension_refuses_to_start() -> None:
-    code = "from deploy.ray_app import require_extension; require_extension()"
+    code = "from deploy.ray.app import require_extension; require_extension()"
     for env, is_refused in (({"VLLM_EXT_DISABLE": "1"}, True), ({}, False)):
         done = subprocess.run(
             [sys.executable, "-c", code],

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deploy.fuzz_adapter import make_adapter
+from deploy.chaos.fuzz_adapter import make_adapter
 from tests.e2e.server import Server, running_server
 
 pytestmark = pytest.mark.e2e

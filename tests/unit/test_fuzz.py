@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from deploy.fuzz import draw_and_send, grouped
-from deploy.fuzz_adapter import TARGETS, adapter_weights
-from deploy.fuzz_client import (
+from deploy.chaos.fuzz import draw_and_send, grouped
+from deploy.chaos.fuzz_adapter import TARGETS, adapter_weights
+from deploy.chaos.fuzz_client import (
     CUT_OFF,
     HUNG_UP,
     STREAMED_ERROR,
@@ -20,7 +20,7 @@ from deploy.fuzz_client import (
     Fuzzer,
     frames_of_ours,
 )
-from deploy.fuzz_options import (
+from deploy.chaos.fuzz_options import (
     MAX_PROMPT_TOKENS,
     MAX_TOGETHER,
     Burst,
@@ -29,7 +29,7 @@ from deploy.fuzz_options import (
     bursts,
     is_repeatable,
 )
-from deploy.fuzz_requests import HostileRequest, bounded, raw_requests, valid_bodies
+from deploy.chaos.fuzz_requests import HostileRequest, bounded, raw_requests, valid_bodies
 
 OURS = """ERROR 11-24 06:00:00 [x.py:1] Traceback (most recent call last):
   File "/site-packages/vllm/v1/engine/input_processor.py", line 430, in process_inputs

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
-from deploy.ray_app import ExtVLLMEngine
+from deploy.ray.app import ExtVLLMEngine
 
 
 def _unpickled_config() -> Any:
@@ -29,7 +29,7 @@ def test_a_configuration_made_elsewhere_is_prepared_here(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         VLLMEngine, "_prepare_engine_config", lambda self, context: ("a", "f", config)
     )
-    monkeypatch.setattr("deploy.ray_app.prepare_config", lambda *given: seen.append(given))
+    monkeypatch.setattr("deploy.ray.app.prepare_config", lambda *given: seen.append(given))
     engine = ExtVLLMEngine.__new__(ExtVLLMEngine)
     assert engine._prepare_engine_config(None) == ("a", "f", config)
     assert seen == [(config, "cpu")]

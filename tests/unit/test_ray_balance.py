@@ -4,7 +4,7 @@ import gc
 from types import SimpleNamespace
 from typing import Any
 
-from deploy.ray_balance import Assignments, least_loaded
+from deploy.ray.balance import Assignments, least_loaded
 
 
 class _Request:

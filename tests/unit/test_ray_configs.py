@@ -1,4 +1,4 @@
-"""Every target's Ray config carries the same method, settled and safe; nothing here needs Ray."""
+"""Every target's Ray config carries the same method, settled and safe, and names what is there."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from attn_backends.config import ConfigError
-from deploy.ray_local import load_config
-from deploy.ray_settings import check_engine_kwargs
-from vllm_ext.errors import UserError
+from deploy.ray.local import load_config
+from deploy.ray.settings import check_engine_kwargs
+from vllm_ext.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "deploy/ray").glob("*.yaml"))
@@ -28,7 +27,7 @@ def _serve_config(path: Path) -> dict[str, Any]:
 
 def _args(path: Path) -> dict[str, Any]:
     (application,) = _serve_config(path)["applications"]
-    assert application["import_path"] == "deploy.ray_app:build"
+    assert application["import_path"] == "deploy.ray.app:build"
     args: dict[str, Any] = application["args"]
     return args
 
@@ -61,6 +60,21 @@ def test_what_others_can_reach_asks_for_a_key(path: Path) -> None:
     assert http["request_timeout_s"] is not None  # no request hangs for ever
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_a_file_names_is_there(path: Path) -> None:
+    """As Serve imports it; a router is named in those with several replicas."""
+    pytest.importorskip("ray", reason="Ray is not installed: scripts/setup.sh ray")
+    pytest.importorskip("vllm")
+    from ray._common.utils import import_attr
+
+    (application,) = _serve_config(path)["applications"]
+    assert callable(import_attr(application["import_path"]))
+    for model in application["args"]["llm_configs"]:
+        router = model["deployment_config"].get("request_router_config", {})
+        assert bool(router) == (path.stem != "one-gpu-node")
+        assert not router or isinstance(import_attr(router["request_router_class"]), type)
+
+
 def test_kuberay_serves_the_autoscaled_application() -> None:
     by_name = {path.stem: path for path in FILES}
     cluster, kuberay = by_name["autoscaled-cluster"], by_name["kuberay-rayservice"]
@@ -71,7 +85,7 @@ def test_the_local_config_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = tmp_path / "models/smollm2-135m-instruct"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    monkeypatch.setattr("deploy.ray_local.ROOT", tmp_path)
+    monkeypatch.setattr("deploy.ray.local.ROOT", tmp_path)
     config = load_config(ROOT / "deploy/ray/local-cpu.yaml", None)
     (model,) = config["applications"][0]["args"]["llm_configs"]
     assert model["model_loading_config"]["model_source"] == str(folder)
@@ -96,7 +110,7 @@ def test_the_local_config_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_settings_that_would_not_be_honoured_are_refused(
     kwargs: dict[str, Any], words: list[str]
 ) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises((ConfigError, UserError)) as refused:
         check_engine_kwargs("m", kwargs)
     for word in words:
         assert word in str(refused.value)

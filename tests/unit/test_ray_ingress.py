@@ -11,8 +11,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.responses import StreamingResponse
 
-from deploy.faults import ANSWER, CUT, ERROR, judge_stream
-from deploy.ray_ingress import KEY_ENV, endpoints
+from deploy.chaos.faults import ANSWER, CUT, ERROR, judge_stream
+from deploy.ray.ingress import KEY_ENV, endpoints
 
 
 def _app(requires_key: bool = False) -> FastAPI:

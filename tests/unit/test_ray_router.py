@@ -13,8 +13,8 @@ pytest.importorskip("ray", reason="Ray is not installed: scripts/setup.sh ray")
 
 from ray.exceptions import RayActorError
 
-from deploy.ray_balance import Assignments
-from deploy.ray_router import PrefixCacheAffinityRouter, PrefixRouter
+from deploy.ray.balance import Assignments
+from deploy.ray.router import PrefixCacheAffinityRouter, PrefixRouter
 
 PROMPT = list(range(20))
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from attn_backends.config import ConfigError, parse_config
-from attn_backends.methods import REGISTRY, load_method
+from vllm_ext.errors import UserError
+from vllm_ext.methods import REGISTRY, check_settings
 
 
 def check_engine_kwargs(model_id: str, engine_kwargs: Mapping[str, Any]) -> None:
@@ -25,20 +25,20 @@ def check_engine_kwargs(model_id: str, engine_kwargs: Mapping[str, Any]) -> None
         engine_kwargs: of one entry of ``llm_configs``.
 
     Raises:
-        ConfigError: no method of ours is named, or its settings cannot be honoured.
+        UserError: no method of ours is named, or its settings are no object.
+        ConfigError: a setting that cannot be honoured.
     """
     name = engine_kwargs.get("attention_backend")
     if not isinstance(name, str) or name.upper() not in REGISTRY:
-        raise ConfigError(
+        raise UserError(
             f"llm_configs entry {model_id!r}: engine_kwargs.attention_backend is {name!r}; this "
             f"application serves {', '.join(REGISTRY)} (stock vLLM: import_path "
             "ray.serve.llm:build_openai_app)"
         )
     additional = engine_kwargs.get("additional_config") or {}
     if not isinstance(additional, Mapping):
-        raise ConfigError(
+        raise UserError(
             f"llm_configs entry {model_id!r}: engine_kwargs.additional_config must be an object, "
             f"got {additional!r}"
         )
-    method = load_method(name.upper())
-    parse_config(method.config_cls, additional.get("vllm_ext") or {}, method.name)
+    check_settings(name.upper(), additional.get("vllm_ext") or {})

@@ -1,7 +1,8 @@
 """What clients see when a replica dies, against the Ray application of this machine.
 
     make ray
-    .venv/bin/python -m deploy.faults --targets actor,engine --output docs/benchmarks/ray-faults-cpu
+    .venv/bin/python -m deploy.chaos.faults --targets actor,engine \
+        --output docs/benchmarks/ray-faults-cpu
 
 Bounded load of streaming and other requests; one replica (its actor, or the engine process
 below it) is killed with SIGKILL; every request is recorded until all replicas serve again.
@@ -25,26 +26,16 @@ from typing import Any
 import httpx
 import psutil
 
-from deploy.ray_local import join
+from deploy.ray.local import join
 from vllm_ext.bench.decode import machine
 
 ANSWER, ERROR, CUT, HANG, REFUSED = "answer", "clean error", "cut stream", "hang", "no answer"
 OUTCOMES = (ANSWER, ERROR, CUT, HANG, REFUSED)
 SETTLE_S = 10.0  # load before the kill, and after everything is back
 WORDS = [
-    "river",
-    "stone",
-    "music",
-    "window",
-    "garden",
-    "winter",
-    "letter",
-    "yellow",
-    "market",
-    "engine",
-    "paper",
-    "silver",
-]
+    "river", "stone", "music", "window", "garden", "winter",
+    "letter", "yellow", "market", "engine", "paper", "silver",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -260,7 +251,7 @@ async def _run(args: argparse.Namespace, targets: list[str]) -> list[dict[str, A
 def main() -> int:
     """Command line; 0 when every request ended cleanly and all replicas came back."""
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.faults",
+        prog="python -m deploy.chaos.faults",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,7 @@
 """Two Ray replicas on this machine, until Ctrl-C.
 
     make ray
-    .venv/bin/python -m deploy.ray_local --config deploy/ray/local-cpu.yaml --port 8000
+    .venv/bin/python -m deploy.ray.local --config deploy/ray/local-cpu.yaml --port 8000
 
 Starts a Ray of its own on loopback with fixed ports, runs the Serve config on it, and takes
 both down at the end. Other Rays of this machine are left alone (``ray stop`` would not). Some of
@@ -30,12 +30,11 @@ from typing import Any
 
 import yaml
 
-from attn_backends.config import ConfigError
-from deploy.ray_settings import check_engine_kwargs
+from deploy.ray.settings import check_engine_kwargs
 from vllm_ext.cli.serve import check_model, check_port
-from vllm_ext.errors import UserError
+from vllm_ext.errors import ConfigError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NODE_ADDRESS = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that others can reach
 # The node's ports, by offset from --ray-port; workers take the rest of PORT_SPAN.
 PORT_FLAGS = (
@@ -86,7 +85,7 @@ def load_config(path: Path, port: int | None) -> dict[str, Any]:
         port: replaces the file's HTTP port.
 
     Raises:
-        UserError: not such a file, or a model folder that is not there.
+        UserError: not such a file, a model folder that is not there, or no method of ours.
         ConfigError: settings that cannot be honoured.
     """
     try:
@@ -260,11 +259,11 @@ def _stop(*_: Any) -> None:
 def main() -> int:
     """Command line; 0 after Ctrl-C, 2 for a user error."""
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.ray_local",
+        prog="python -m deploy.ray.local",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, default=ROOT / "deploy/ray/local-cpu.yaml")
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("local-cpu.yaml"))
     parser.add_argument("--port", type=int, help="HTTP port in place of the config's")
     parser.add_argument(
         "--ray-port", type=int, default=8310, help=f"first of {PORT_SPAN} ports for Ray (8310)"

@@ -1,4 +1,4 @@
-"""The sending half of ``deploy.fuzz``: what was sent, what came back, and whose fault it was."""
+"""The sending half of ``fuzz``: what was sent, what came back, and whose fault it was."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import requests
 
-from deploy.fuzz_options import MAX_TOGETHER, Burst, answer_of
-from deploy.fuzz_requests import HostileRequest
+from deploy.chaos.fuzz_options import MAX_TOGETHER, Burst, answer_of
+from deploy.chaos.fuzz_requests import HostileRequest
 
 KV_USE = "vllm:kv_cache_usage_perc"
 HELD = "vllm_ext:kv_blocks_held"
@@ -30,7 +30,7 @@ HUNG_UP = "hung up"  # on purpose
 STREAMED_ERROR = re.compile(
     r'^data: \{(?:"type": ?"error", ?)?"error": ?\{(?:.*?"code": ?(\d+))?', re.MULTILINE
 )
-CANARY = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+CANARY: dict[str, Any] = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class Fuzzer:
             return ""
         with self._args.server_log.open("rb") as file:
             file.seek(start)
-            return file.read().decode(errors="replace")
+            return str(file.read().decode(errors="replace"))
 
 
 def frames_of_ours(trace: str) -> list[str]:

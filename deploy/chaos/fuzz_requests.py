@@ -1,4 +1,4 @@
-"""Hostile requests for ``deploy.fuzz``: what is sent, independent of how it is sent.
+"""Hostile requests for ``fuzz``: what is sent, independent of how it is sent.
 
 Three of four kinds: bodies made from the server's own OpenAPI schema (valid and invalid), valid
 bodies with a few fields replaced by hostile values, and raw bytes that are no request at all; what
@@ -271,7 +271,7 @@ def schema_requests(
     import schemathesis
 
     def as_request(case: Any) -> HostileRequest:
-        prepared = requests.Request(**case.as_transport_kwargs(base_url=url)).prepare()
+        prepared: Any = requests.Request(**case.as_transport_kwargs(base_url=url)).prepare()
         body = prepared.body.encode() if isinstance(prepared.body, str) else prepared.body
         media_type = prepared.headers.get("Content-Type")
         return HostileRequest(

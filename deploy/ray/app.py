@@ -1,4 +1,4 @@
-"""vllm-ext under Ray Serve: ``import_path: deploy.ray_app:build`` (see ``deploy/ray/``).
+"""vllm-ext under Ray Serve: ``import_path: deploy.ray.app:build`` (see ``deploy/ray/``).
 
 Built on ray.serve.llm: its configuration, its engine, its ingress and routers. Added are
 what it does not do: refusing to serve without our platform, our metrics on Ray's port, an
@@ -24,8 +24,8 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from deploy.ray_ingress import endpoints
-from deploy.ray_settings import check_engine_kwargs
+from deploy.ray.ingress import endpoints
+from deploy.ray.settings import check_engine_kwargs
 from vllm_ext.platforms.selection import prepare_config
 
 logger = logging.getLogger("ray.serve")
@@ -135,7 +135,8 @@ def build(args: dict[str, Any]) -> Application:
             ``ingress_deployment_config``), and ``require_api_key`` (false).
 
     Raises:
-        ConfigError: a method or setting that cannot be honoured.
+        UserError: no method of ours.
+        ConfigError: a setting that cannot be honoured.
     """
     args = dict(args)
     requires_key = bool(args.pop("require_api_key", False))

@@ -3,7 +3,7 @@
     make serve BACKEND=SINK_WINDOW ARGS='--window-tokens 256 --dtype float32 \
         --kv-cache-memory-bytes 256M --max-num-seqs 16 --max-num-batched-tokens 256 \
         --max-model-len 2200'
-    .venv/bin/python -m deploy.soak --minutes 20 --longest-tokens 2000 --timeout-s 1200
+    .venv/bin/python -m deploy.chaos.soak --minutes 20 --longest-tokens 2000 --timeout-s 1200
 
 First every prompt is answered alone; then clients ask for them at random, some hanging up
 while they wait or read. Every complete answer must equal the one given alone (greedy; serve
@@ -180,7 +180,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Command line; 0 when nothing failed."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deploy.chaos.soak", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="models/smollm2-135m-instruct", help="served name")
     parser.add_argument("--api-key", default="", help="sent as a bearer token")

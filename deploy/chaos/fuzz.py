@@ -1,12 +1,12 @@
 """Fuzzes a running server, and says what broke, whose code it was, and what is still held.
 
     pip install schemathesis          # in an environment of its own; vLLM is not needed there
-    python -m deploy.fuzz_adapter MODEL tiny-lora
+    python -m deploy.chaos.fuzz_adapter MODEL tiny-lora
     vllm-ext serve MODEL --attention-backend TIDAL_DECODE --budget-tokens 128 \
         --min-context-tokens 128 --max-model-len 4096 --max-num-batched-tokens 256 \
         --dtype float32 --enforce-eager --kv-cache-memory-bytes 200M --enable-scale-out \
         --enable-lora --lora-modules tiny=tiny-lora >server.log 2>&1 &
-    python -m deploy.fuzz --server-log server.log --adapter tiny --requests 1500 \
+    python -m deploy.chaos.fuzz --server-log server.log --adapter tiny --requests 1500 \
         --output docs/benchmarks/fuzz-cpu
 
 Small chunks (``--max-num-batched-tokens``) make prompts of 300 tokens take several, a small budget
@@ -33,9 +33,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
-from deploy.fuzz_client import HELD, KV_USE, Fuzzer
-from deploy.fuzz_options import OptionSpace, bursts
-from deploy.fuzz_requests import mutated_requests, raw_requests, schema_requests
+from deploy.chaos.fuzz_client import HELD, KV_USE, Fuzzer
+from deploy.chaos.fuzz_options import OptionSpace, bursts
+from deploy.chaos.fuzz_requests import mutated_requests, raw_requests, schema_requests
 
 T = TypeVar("T")
 
@@ -185,7 +185,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 def main() -> int:
     """Command line; 0 when nothing failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.fuzz",
+        prog="python -m deploy.chaos.fuzz",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -19,7 +19,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.llm.request_router import PrefixCacheAffinityRouter
 
-from deploy.ray_balance import Assignments, least_loaded
+from deploy.ray.balance import Assignments, least_loaded
 
 logger = logging.getLogger("ray.serve")
 

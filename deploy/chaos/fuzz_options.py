@@ -1,4 +1,4 @@
-"""Valid and unusual requests for ``deploy.fuzz``: sampling options crossed, alone and together.
+"""Valid and unusual requests for ``fuzz``: sampling options crossed, alone and together.
 
 One by one they are what users send; what breaks is two of them in one batch, a prompt that takes
 several chunks, an adapter beside the base model. Sizes are bounded: 600 tokens of prompt, eight
@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from deploy.fuzz_requests import HostileRequest
+from deploy.chaos.fuzz_requests import HostileRequest
 
 MAX_PROMPT_TOKENS = 600
 MAX_TOGETHER = 4

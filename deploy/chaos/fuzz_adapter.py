@@ -1,6 +1,6 @@
-"""Makes a LoRA adapter with random weights, so that ``deploy.fuzz`` can ask for one.
+"""Makes a LoRA adapter with random weights, so that ``deploy.chaos.fuzz`` can ask for one.
 
-    python -m deploy.fuzz_adapter models/smollm2-135m-instruct tiny-lora
+    python -m deploy.chaos.fuzz_adapter models/smollm2-135m-instruct tiny-lora
     vllm-ext serve models/smollm2-135m-instruct --enable-lora --lora-modules tiny=tiny-lora ...
 
 Nobody trained it: its answers are other than the base model's, and nothing else is wanted of it.
@@ -63,7 +63,7 @@ def make_adapter(model: Path, folder: Path, rank: int = 8, scale: float = 0.5) -
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.fuzz_adapter",
+        prog="python -m deploy.chaos.fuzz_adapter",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
