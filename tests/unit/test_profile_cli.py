@@ -10,8 +10,8 @@ import torch
 from attn_backends.budget import BudgetConfig, BudgetSelector
 from attn_backends.method import Geometry
 from tests.batches import decode_batch
+from vllm_ext.calibration.anchors import probed_budget
 from vllm_ext.cli import main
-from vllm_ext.cli.profile import probed_budget
 
 
 @pytest.mark.parametrize(
