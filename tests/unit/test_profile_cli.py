@@ -11,8 +11,8 @@ from attn_backends.budget import BudgetConfig, BudgetSelector
 from attn_backends.method import Geometry
 from attn_backends.plan import LayerRole, LayerSchedule
 from tests.batches import anchor_state, step_rows
+from vllm_ext.calibration.anchors import probed_budget
 from vllm_ext.cli import main
-from vllm_ext.cli.profile import probed_budget
 
 
 @pytest.mark.parametrize(

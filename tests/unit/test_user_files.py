@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import pytest
 
 from attn_backends.config import ConfigError
 from attn_backends.profile import fingerprint, load_profile, shipped_profile
+from vllm_ext.calibration.trials import Trials
 from vllm_ext.cli.policy_file import read_policy
-from vllm_ext.cli.profile import State
 from vllm_ext.engine_process import kv_token_bytes
 from vllm_ext.errors import UserError
 
@@ -113,7 +112,6 @@ def test_a_model_config_is_a_json_object(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"key": 1, "verdicts": 2}', b"\xff"])
 def test_a_state_that_is_not_of_a_calibration_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "p.state.json").write_bytes(content)
     with pytest.raises(UserError, match=r"p\.state\.json is not of an interrupted calibration"):
-        State(Namespace(model=str(tmp_path), output=tmp_path / "p.json"))
+        Trials(tmp_path / "p.state.json", {})

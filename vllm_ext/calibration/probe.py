@@ -30,15 +30,32 @@ class Budget:
     recent_blocks: int
 
 
+@dataclass(frozen=True)
+class LayerPass:
+    """A layer's attention in a prefill, about to be computed.
+
+    Attributes:
+        module: the layer's, of transformers.
+        query: ``[num_query_heads, seq_len, head_size]``.
+        key: ``[num_kv_heads, seq_len, head_size]``, and so the values.
+        value: see ``key``.
+        scale: factor on the logits.
+    """
+
+    module: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+
+
 @dataclass
 class Probe:
     """State shared by the attention layers of one model.
 
     Attributes:
         budget: blocks that sparse layers may read.
-        observers: called by every layer of a prefill with its index and module, the queries
-            ``[num_query_heads, seq_len, head_size]``, keys and values ``[num_kv_heads, seq_len,
-            head_size]`` and the scale.
+        observers: called by every layer of a prefill.
         schedule: roles for query tokens after a cached prompt; None is dense. Every one of
             them is treated as a decode step: it selects for itself and sees nothing later, so
             that one pass over a chunk equals decoding its tokens one by one. Dropped layers are
@@ -46,7 +63,7 @@ class Probe:
     """
 
     budget: Budget
-    observers: list[Callable[..., None]] = field(default_factory=list)
+    observers: list[Callable[[LayerPass], None]] = field(default_factory=list)
     schedule: LayerSchedule | None = None
     _visible_blocks: torch.Tensor | None = None  # [query_len, num_kv_heads, num_blocks]
 
@@ -76,7 +93,7 @@ class Probe:
                 mask = mask & self._visible(layer, query[0], key[0], scale)
         else:
             for observe in self.observers:
-                observe(layer, module, query[0], key[0], value[0], scale)
+                observe(LayerPass(module, query[0], key[0], value[0], scale))
         out = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
@@ -119,15 +136,7 @@ class PassObserver:
         """A layer begins."""
         raise NotImplementedError
 
-    def observe(
-        self,
-        layer: int,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> None:
+    def observe(self, seen: LayerPass) -> None:
         """A layer's attention is about to be computed."""
         raise NotImplementedError
 

@@ -8,6 +8,15 @@ from typing import Any
 import torch
 
 from attn_backends.profile import Profile
+from vllm_ext.calibration.search import Verdict
+
+
+def verdict_line(name: str, verdict: Verdict) -> str:
+    """A verdict in one line."""
+    return (
+        f"{name}: KL text {verdict.kl_text:.4f}, retrieval {verdict.kl_retrieval:.4f}; top-1 "
+        f"text {verdict.agreement_text:.1%}, retrieval {verdict.agreement_retrieval:.1%}"
+    )
 
 
 def heat_map(profile: Profile, costs: torch.Tensor, path: Path) -> bool:

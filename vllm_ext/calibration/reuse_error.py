@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from vllm_ext.calibration.probe import PassObserver, Probe, block_weights, chosen_blocks, mass_of
+from vllm_ext.calibration.probe import (
+    LayerPass,
+    PassObserver,
+    Probe,
+    block_weights,
+    chosen_blocks,
+    mass_of,
+)
 
 
 class ReuseErrors(PassObserver):
@@ -50,27 +57,19 @@ class ReuseErrors(PassObserver):
             result[: layer + 1, layer] = errors
         return result
 
-    def observe(
-        self,
-        layer: int,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> None:
+    def observe(self, seen: LayerPass) -> None:
         """See ``PassObserver``."""
-        budget, num_kv_heads = self._probe.budget, key.shape[0]
-        asked = query[:, self.positions]
-        weights = block_weights(asked, key, self.positions, scale, budget.block_size)
+        budget, num_kv_heads = self._probe.budget, seen.key.shape[0]
+        asked = seen.query[:, self.positions]
+        weights = block_weights(asked, seen.key, self.positions, seen.scale, budget.block_size)
         self._chosen.append(chosen_blocks(mass_of(weights), self.positions, budget).float())
-        values = pad(value, (0, 0, 0, -value.shape[1] % budget.block_size))
+        values = pad(seen.value, (0, 0, 0, -seen.value.shape[1] % budget.block_size))
         values = values.reshape(num_kv_heads, -1, budget.block_size, values.shape[-1])
         # Blocks' shares of the output [heads, group, positions, blocks, head_size] and mass.
         outputs = torch.einsum("hgpnt,hntd->hgpnd", weights, values)
         masses = weights.sum(-1)
         # [hidden, num_kv_heads, group * head_size]
-        projection = module.o_proj.weight
+        projection = seen.module.o_proj.weight
         projection = projection.reshape(projection.shape[0], num_kv_heads, -1)
         self.by_layer.append(
             torch.stack(

@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from attn_backends.findings import SecondarySink, SinkFindings
-from vllm_ext.calibration.probe import PassObserver, Probe, block_weights
+from vllm_ext.calibration.probe import LayerPass, PassObserver, Probe, block_weights
 from vllm_ext.calibration.reuse_error import spread_positions
 
 EPSILON = 0.3
@@ -86,16 +86,9 @@ class SinkMeasure(PassObserver):
         """See ``PassObserver``."""
         self._keep(cosine=cosine_similarity(hidden, hidden[0], dim=-1))
 
-    def observe(
-        self,
-        layer: int,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> None:
+    def observe(self, seen: LayerPass) -> None:
         """See ``PassObserver``."""
+        query, key, scale = seen.query, seen.key, seen.scale
         seq_len = key.shape[1]
         span = torch.arange(min(SPAN_TOKENS, seq_len), device=key.device)
         early = _attention(query[:, span], key[:, span], span, scale)
@@ -104,7 +97,7 @@ class SinkMeasure(PassObserver):
         tokens = torch.arange(seq_len, device=key.device)
         num_seeing = (self._positions[:, None] >= tokens).sum(0).clamp_min(1)
         masses = late.mean(1).cumsum(-1)
-        norms = value.norm(dim=-1)
+        norms = seen.value.norm(dim=-1)
         self._keep(
             alpha=alpha[:, :_LOOKED_AT],
             first_mass=masses[:, [min(n, seq_len) - 1 for n in _FIRST]],

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -117,20 +118,8 @@ def self_test(model: str | None, method: str) -> list[str]:
             seed=0,
             **options,
         )
-        config = llm.llm_engine.vllm_config
         core: Any = llm.llm_engine.engine_core
-        group = core.engine_core.scheduler.kv_cache_config.kv_cache_groups[0]
-        spec = group.kv_cache_spec
-        _line("resolved backend", config.attention_config.backend.name)
-        _line("KV spec", f"{type(spec).__name__} in {len(group.layer_names)} layers")
-        _line("concurrency", concurrency(config, core.engine_core.scheduler.kv_cache_config))
-        _line(
-            "KV layout",
-            f"blocks of {spec.block_size} tokens, {spec.num_kv_heads} KV heads x "
-            f"{spec.head_size}, {spec.dtype}",
-        )
-        support = config.attention_config.backend.get_class().get_builder_cls()
-        _line("graph mode", f"our builder declares {support._cudagraph_support.name}")
+        _report_engine(llm.llm_engine.vllm_config, core.engine_core.scheduler.kv_cache_config)
         params = SamplingParams(
             temperature=0, max_tokens=DECODE_TOKENS, ignore_eos=True, detokenize=False
         )
@@ -138,10 +127,30 @@ def self_test(model: str | None, method: str) -> list[str]:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         rows = metrics.decode_rows()
         core.shutdown()
-    num_decoded = sum(len(output.outputs[0].token_ids) for output in outputs)
+    _line("decoded tokens", sum(len(output.outputs[0].token_ids) for output in outputs))
+    return _report_rows(rows)
+
+
+def _report_engine(vllm_config: Any, kv_cache_config: Any) -> None:
+    """What vLLM made of our settings."""
+    group = kv_cache_config.kv_cache_groups[0]
+    spec, backend = group.kv_cache_spec, vllm_config.attention_config.backend
+    _line("resolved backend", backend.name)
+    _line("KV spec", f"{type(spec).__name__} in {len(group.layer_names)} layers")
+    _line("concurrency", concurrency(vllm_config, kv_cache_config))
+    _line(
+        "KV layout",
+        f"blocks of {spec.block_size} tokens, {spec.num_kv_heads} KV heads x "
+        f"{spec.head_size}, {spec.dtype}",
+    )
+    support = backend.get_class().get_builder_cls()._cudagraph_support
+    _line("graph mode", f"our builder declares {support.name}")
+
+
+def _report_rows(rows: Mapping[tuple[str, str, str], float]) -> list[str]:
+    """Which way the decode rows went; returns what is wrong."""
     num_sparse = sum(count for (_, path, _), count in rows.items() if path == "sparse")
     ratio = num_sparse / sum(rows.values()) if rows else 0.0
-    _line("decoded tokens", num_decoded)
     for (_, path, reason), count in sorted(rows.items()):
         _line("decode rows", f"{count:.0f} {path} ({reason})")
     _line("activation ratio", f"{ratio:.2f}")
