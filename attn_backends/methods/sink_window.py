@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
-from attn_backends.config import ConfigError, MethodConfig, at_least, one_of
+from attn_backends.config import (
+    EngineFacts,
+    MethodConfig,
+    SettingError,
+    at_least,
+    block_problem,
+    one_of,
+)
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
 from attn_backends.profile import load_profile, require_fit
@@ -49,24 +56,19 @@ class SinkWindowConfig(MethodConfig):
     retention: str = one_of(RETENTION_CHOICES, default="evict")
     profile: str = ""
 
+    def check(self, engine: EngineFacts) -> None:
+        """See ``MethodConfig.check``."""
+        if problem := block_problem(self.window_tokens, engine.block_size):
+            raise SettingError("window_tokens", problem)
+
 
 class SinkWindowSelector:
-    """Sink blocks and window blocks, the same for every KV head of a row.
-
-    Raises:
-        ConfigError: the window is smaller than one KV block.
-    """
+    """Sink blocks and window blocks, the same for every KV head of a row."""
 
     watch: RecallWatch | None = None  # no anchors
     keeper: SelectionKeeper | None = None
 
     def __init__(self, config: SinkWindowConfig, geometry: Geometry, device: torch.device) -> None:
-        if config.window_tokens < geometry.block_size:
-            raise ConfigError(
-                f"vllm_ext.window_tokens is {config.window_tokens}, less than one KV block of "
-                f"{geometry.block_size} tokens; use at least {geometry.block_size}, or a smaller "
-                "--block-size (32 is the smallest on CPU, 16 on GPU)"
-            )
         self._config = config
         self._block_size = geometry.block_size
         self._num_sink_blocks = -(-config.sink_tokens // geometry.block_size)
