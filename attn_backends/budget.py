@@ -15,6 +15,7 @@ from attn_backends.recall import RecallWatch
 from attn_backends.reselection import SelectionKeeper
 from kvcache.retention import KeepAll, RetentionPolicy
 
+ROW_OPTIONS = frozenset({"sparse", "budget_tokens"})
 PRESETS = {  # what a request may name
     "fast": RowOptions(budget_factor=0.5),
     "accurate": RowOptions(budget_factor=2.0),

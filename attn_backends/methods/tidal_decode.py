@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from attn_backends.batch import RowOptions
-from attn_backends.budget import PRESETS, BudgetConfig, BudgetSelector, prompts_cached
+from attn_backends.budget import PRESETS, ROW_OPTIONS, BudgetConfig, BudgetSelector, prompts_cached
 from attn_backends.config import POLICY_KEY, EngineFacts, SettingError, at_least, one_of
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
@@ -220,6 +220,6 @@ METHOD = SparseMethod(
         frees="nothing, except what a policy's window layers leave out",
         limits="needs a calibrated profile (vllm-ext profile); short contexts gain nothing",
     ),
-    takes_row_options=True,
+    row_options=ROW_OPTIONS,
     retention=_retention,
 )
