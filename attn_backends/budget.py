@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from attn_backends.batch import BlockSelection, RowOptions
-from attn_backends.config import ConfigError, MethodConfig, at_least, between
+from attn_backends.config import EngineFacts, MethodConfig, SettingError, at_least, between
 from attn_backends.method import Geometry, StepRows
 from attn_backends.plan import (
     CHOOSING_ROLES,
@@ -29,6 +29,7 @@ from attn_backends.reselection import KeptStep, SelectionKeeper
 from attn_backends.windows import WindowLayers
 from kvcache.retention import KeepAll, RetentionPolicy
 
+ROW_OPTIONS = frozenset({"sparse", "budget_tokens"})
 PRESETS = {  # what a request may name
     "fast": RowOptions(budget_factor=0.5),
     "accurate": RowOptions(budget_factor=2.0),
@@ -72,15 +73,40 @@ class BudgetConfig(MethodConfig):
         super().__post_init__()
         forced_tokens = self.sink_tokens + self.recent_tokens
         if self.budget_tokens < forced_tokens:
-            raise ConfigError(
-                f"vllm_ext.budget_tokens is {self.budget_tokens}, less than sink_tokens + "
-                f"recent_tokens = {forced_tokens}; raise the budget or lower those"
+            raise SettingError(
+                "budget_tokens",
+                f"is {self.budget_tokens}, less than sink_tokens + recent_tokens = "
+                f"{forced_tokens}; raise the budget or lower those",
             )
+
+    def check(self, engine: EngineFacts) -> None:
+        """See ``MethodConfig.check``: guard and audit want one worker that tells which request a
+        row is. Each worker of a tensor-parallel group sees its own heads: guards would decide
+        differently, and every worker would count the audit's rows.
+        """
+        for field in ("recall_floor", "audit_share"):
+            value = getattr(self, field)
+            if value and (engine.device_type != "cpu" or engine.num_workers > 1):
+                raise SettingError(
+                    field,
+                    f"is {value}, but it works on CPUs with one worker per replica only (here: "
+                    f"{engine.num_workers} on {engine.device_type}); set it to 0",
+                )
 
     @property
     def presets(self) -> Mapping[str, RowOptions]:
-        """What a request may name in ``vllm_xargs.sparse``, besides on and off."""
+        """See ``MethodConfig.presets``."""
         return PRESETS
+
+    @property
+    def least_budget_tokens(self) -> int:
+        """See ``MethodConfig.least_budget_tokens``: what is read in any case."""
+        return max(1, self.sink_tokens + self.recent_tokens)
+
+    @property
+    def audited_share(self) -> float:
+        """See ``MethodConfig.audited_share``."""
+        return self.audit_share
 
 
 class BudgetSelector:

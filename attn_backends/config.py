@@ -12,7 +12,10 @@ import stat
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from attn_backends.batch import RowOptions
 
 KERNEL_CHOICES = ("auto", "cpu", "triton", "reference")
 POLICY_KEY = "policy"  # of methods that take one: a field that composes others (docs/policy.md)
@@ -21,7 +24,25 @@ _RULE = "rule"  # key of a field's metadata
 
 
 class ConfigError(ValueError):
-    """A setting of ours that cannot be honoured; the message says what would work."""
+    """Something of ours that cannot be honoured; the message says what would work."""
+
+
+class SettingError(ConfigError):
+    """A setting that cannot be honoured.
+
+    Attributes:
+        field: its name, as under ``vllm_ext``.
+        problem: what is wrong with it, and what would work.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)  # both, so that the error can be pickled
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        """The message of a setting that was given by itself."""
+        return f"vllm_ext.{self.field} {self.problem}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,31 @@ def one_of(choices: tuple[str, ...], *, default: str) -> str:
 
 
 @dataclass(frozen=True)
+class EngineFacts:
+    """What settings must fit, besides one another.
+
+    Attributes:
+        device_type: ``cpu`` or ``cuda``.
+        block_size: tokens per KV block.
+        num_workers: of a replica.
+    """
+
+    device_type: str
+    block_size: int
+    num_workers: int
+
+
+def block_problem(window_tokens: int, block_size: int) -> str | None:
+    """What is wrong with a window that cannot hold one KV block, or None."""
+    if window_tokens >= block_size:
+        return None
+    return (
+        f"is {window_tokens}, less than one KV block of {block_size} tokens; use at least "
+        f"{block_size}, or a smaller --block-size (32 is the smallest on CPU, 16 on GPU)"
+    )
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """Settings every method has.
 
@@ -85,7 +131,7 @@ class MethodConfig:
         kernel: implementation of the ops.
 
     Raises:
-        ConfigError: a value that its field's rule does not allow.
+        SettingError: a value that its field's rule does not allow.
     """
 
     strict: bool = True
@@ -95,7 +141,7 @@ class MethodConfig:
         for name, setting in settings_of(type(self)).items():
             rule = rule_of(setting)
             if rule is not None and (problem := rule.problem(getattr(self, name))):
-                raise ConfigError(f"vllm_ext.{name} {problem}")
+                raise SettingError(name, problem)
 
     @classmethod
     def compose(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +151,29 @@ class MethodConfig:
             ConfigError: the policy cannot be honoured.
         """
         return dict(raw)
+
+    def check(self, engine: EngineFacts) -> None:
+        """Checks the settings against the engine: at start, and in each worker once more, since
+        vLLM may choose the size of a KV block after it has loaded the model.
+
+        Raises:
+            SettingError: a setting that would not do there what it says.
+        """
+
+    @property
+    def presets(self) -> Mapping[str, RowOptions]:
+        """What a request may name in ``vllm_xargs.sparse``, besides on and off."""
+        return {}
+
+    @property
+    def least_budget_tokens(self) -> int:
+        """The smallest budget that a request may ask for."""
+        return 1
+
+    @property
+    def audited_share(self) -> float:
+        """Share of the decode steps in which one row is computed densely as well."""
+        return 0.0
 
 
 C = TypeVar("C", bound=MethodConfig)
@@ -154,7 +223,9 @@ def parse_config(config_cls: type[C], raw: Mapping[str, Any], method_name: str) 
         )
     known = settings_of(config_cls)
     if POLICY_KEY in raw and not takes_policy(config_cls):
-        raise ConfigError(f"{method_name} takes no vllm_ext.policy; TIDAL_DECODE does")
+        raise ConfigError(
+            f"{method_name} takes no vllm_ext.policy; `vllm-ext methods` says which methods do"
+        )
     unknown = sorted(set(raw) - set(known) - {POLICY_KEY})
     if unknown:
         raise ConfigError(
@@ -163,7 +234,7 @@ def parse_config(config_cls: type[C], raw: Mapping[str, Any], method_name: str) 
         )
     for key, value in raw.items():
         if key in known and (problem := type_problem(known[key], value)):
-            raise ConfigError(f"vllm_ext.{key} {problem}")
+            raise SettingError(key, problem)
     return config_cls(**config_cls.compose(raw))
 
 
@@ -174,6 +245,18 @@ def known_settings(config_cls: type[MethodConfig], settings: Mapping[str, Any]) 
 
 
 def read_text(path: Path, limit_bytes: int, named: str) -> str:
+    """Text of a file that a user named.
+
+    Raises:
+        ConfigError: see ``read_bytes``; or not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit_bytes, named).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{named} is not UTF-8 text (byte {error.start})") from None
+
+
+def read_bytes(path: Path, limit_bytes: int, named: str) -> bytes:
     """Content of a file that a user named, which may be anything.
 
     Args:
@@ -182,7 +265,7 @@ def read_text(path: Path, limit_bytes: int, named: str) -> str:
         named: what messages call it.
 
     Raises:
-        ConfigError: not such a file, larger than that, or not UTF-8.
+        ConfigError: not such a file, or larger than that.
     """
     try:
         # Without waiting for somebody to write to a FIFO.
@@ -197,7 +280,4 @@ def read_text(path: Path, limit_bytes: int, named: str) -> str:
         raise ConfigError(f"{named} is not a regular file; write its content to one")
     if len(content) > limit_bytes:
         raise ConfigError(f"{named} has more than {limit_bytes} bytes; at most that many are read")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{named} is not UTF-8 text (byte {error.start})") from None
+    return content

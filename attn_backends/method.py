@@ -94,7 +94,8 @@ class SparseMethod:
         make_selector: ``(config, schedule, geometry, device) -> Selector``, with the method's
             own schedule.
         capabilities: what it reads and frees, and where it does not work.
-        takes_row_options: whether a request may choose its budget, or dense.
+        row_options: what a request may ask for itself, names under ``vllm_xargs``: ``sparse`` (on,
+            off or a preset) and ``budget_tokens``.
         retention: ``(config, geometry) -> `` the policy of each layer; default: all is kept.
     """
 
@@ -105,5 +106,5 @@ class SparseMethod:
     schedule: Callable[..., LayerSchedule]
     make_selector: Callable[..., Selector]
     capabilities: Capabilities
-    takes_row_options: bool = False
+    row_options: frozenset[str] = frozenset()
     retention: Callable[..., tuple[RetentionPolicy, ...]] = _keep_all

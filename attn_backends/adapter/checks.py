@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attn_backends.config import ConfigError, MethodConfig
+from attn_backends.config import ConfigError
 from attn_backends.method import SparseMethod
 
 if TYPE_CHECKING:
@@ -137,25 +137,3 @@ def refuse(method: SparseMethod, reasons: list[str]) -> ConfigError:
         f"{method.name} to serve with stock vLLM, or set vllm_ext.strict to false "
         "(--no-strict) to serve dense, counted as such in /metrics"
     )
-
-
-def check_method(config: MethodConfig, block_size: int) -> None:
-    """Checks settings that depend on the KV block size.
-
-    Raises:
-        ConfigError: the window does not hold one block, or a kept selection would outlive one.
-    """
-    reselect_steps = getattr(config, "reselect_steps", 1)
-    if block_size % reselect_steps:
-        fitting = [n for n in range(1, block_size + 1) if block_size % n == 0]
-        raise ConfigError(
-            f"vllm_ext.reselect_steps is {reselect_steps}, which does not divide a KV block of "
-            f"{block_size} tokens; use one of {', '.join(map(str, fitting))}"
-        )
-    window_tokens = getattr(config, "window_tokens", None)
-    if window_tokens is not None and window_tokens < block_size:
-        raise ConfigError(
-            f"vllm_ext.window_tokens is {window_tokens}, less than one KV block of {block_size} "
-            f"tokens; use at least {block_size}, or a smaller --block-size (32 is the smallest "
-            "on CPU, 16 on GPU)"
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attn_backends.config import ConfigError, MethodConfig, parse_config
+from attn_backends.config import ConfigError, EngineFacts, MethodConfig, parse_config
 from attn_backends.method import Geometry, SparseMethod
 from attn_backends.methods import REGISTRY, load_method
 
@@ -48,6 +48,18 @@ def method_config(vllm_config: VllmConfig, method: SparseMethod) -> MethodConfig
         ConfigError: see ``parse_config``.
     """
     return parse_config(method.config_cls, raw_settings(vllm_config) or {}, method.name)
+
+
+def engine_facts(vllm_config: VllmConfig, device_type: str) -> EngineFacts:
+    """What settings are checked against, as far as vLLM has decided it.
+
+    Args:
+        vllm_config: complete but for what vLLM chooses after it has loaded the model.
+        device_type: ``cpu`` or ``cuda``.
+    """
+    return EngineFacts(
+        device_type, vllm_config.cache_config.block_size, vllm_config.parallel_config.world_size
+    )
 
 
 def geometry_of(vllm_config: VllmConfig) -> Geometry:

@@ -15,11 +15,12 @@ from weakref import WeakSet
 from attn_backends.batch import RowOptions
 from attn_backends.budget import PRESETS
 from attn_backends.method import SparseMethod
+from attn_backends.methods import methods_where
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-KEYS = ("sparse", "budget_tokens")
+KEYS = ("sparse", "budget_tokens")  # of which a method takes its ``row_options``
 
 
 def parse_options(
@@ -45,11 +46,7 @@ def parse_options(
     ours = {key: extra_args[key] for key in KEYS if key in extra_args}
     if not ours:
         return None
-    if not method.takes_row_options:
-        raise ValueError(
-            f"vllm_xargs has {', '.join(ours)}, but {method.name} takes no per-request options; "
-            "TIDAL_DECODE does"
-        )
+    _refuse_untaken(set(ours), method)
     sparse = ours.get("sparse", "on")
     if not isinstance(sparse, str) or sparse not in ("on", "off", *presets):
         raise ValueError(
@@ -66,6 +63,20 @@ def parse_options(
     if sparse in ("off", *presets) and budget_tokens is not None:
         raise ValueError(f"vllm_xargs has budget_tokens and sparse = {sparse}: give one of them")
     return _options_of(ours, presets)
+
+
+def _refuse_untaken(asked: set[str], method: SparseMethod) -> None:
+    """Options that another method takes."""
+    untaken = [key for key in KEYS if key in asked - method.row_options]
+    if not untaken:
+        return
+    taken = ", ".join(sorted(method.row_options))
+    able = methods_where(lambda other: other.row_options.issuperset(untaken))
+    raise ValueError(
+        f"vllm_xargs has {', '.join(untaken)}, but {method.name} takes "
+        f"{f'only {taken}' if taken else 'no per-request options'}; methods that do: "
+        f"{', '.join(able)}"
+    )
 
 
 def _refuse_server_settings(extra_args: Mapping[str, Any], method: SparseMethod) -> None:

@@ -6,7 +6,6 @@ row order has been tested there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.utils import extract_layer_index
@@ -15,11 +14,14 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from attn_backends.adapter.audit import with_audit
 from attn_backends.adapter.compat import unseeded_chunks
-from attn_backends.adapter.config import chosen_method, geometry_of, method_config
+from attn_backends.adapter.config import (
+    chosen_method,
+    engine_facts,
+    geometry_of,
+    method_config,
+)
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.requests import BOOK
-from attn_backends.batch import RowOptions
-from attn_backends.budget import BudgetConfig
 from attn_backends.config import ConfigError
 from kvcache.adapter.specs import with_retention
 
@@ -43,12 +45,15 @@ def retained_specs(
         specs: by layer name, as the model asks for them.
 
     Raises:
-        ConfigError: a layer's cache cannot be retained that way.
+        ConfigError: a layer's cache cannot be retained that way, or settings that do not fit the
+            KV block that vLLM chose once the model was loaded.
     """
     method = chosen_method(vllm_config)
     if method is None:
         return specs
-    policies = method.retention(method_config(vllm_config, method), geometry_of(vllm_config))
+    config = method_config(vllm_config, method)
+    config.check(engine_facts(vllm_config, current_platform.device_type))
+    policies = method.retention(config, geometry_of(vllm_config))
     try:
         return {
             name: with_retention(spec, policies[extract_layer_index(name)])
@@ -56,13 +61,6 @@ def retained_specs(
         }
     except TypeError as error:
         raise ConfigError(f"{method.name}: {error}") from None
-
-
-def presets_of(vllm_config: VllmConfig) -> Mapping[str, RowOptions]:
-    """What requests of this engine may name in ``vllm_xargs.sparse``, besides on and off."""
-    method = chosen_method(vllm_config)
-    config = None if method is None else method_config(vllm_config, method)
-    return config.presets if isinstance(config, BudgetConfig) else {}
 
 
 class RetainingWorker:
@@ -119,10 +117,12 @@ if current_platform.is_cpu():
             runner: Any = self.model_runner
             BOOK.row_ids = lambda: runner.input_batch.req_ids
             method = chosen_method(self.vllm_config)
-            config = None if method is None else method_config(self.vllm_config, method)
-            if isinstance(config, BudgetConfig) and config.audit_share:
-                with_audit(runner, config.audit_share, str(method.name if method else ""))
-            BOOK.presets = presets_of(self.vllm_config)
+            if method is None:
+                return
+            config = method_config(self.vllm_config, method)
+            if config.audited_share:
+                with_audit(runner, config.audited_share, method.name)
+            BOOK.presets = config.presets
 
 else:
 

@@ -7,7 +7,7 @@ what sharing a selection between layers costs. The first layers are dense as in 
 
 from __future__ import annotations
 
-from attn_backends.budget import BudgetConfig, BudgetSelector, prompts_cached
+from attn_backends.budget import ROW_OPTIONS, BudgetConfig, BudgetSelector, prompts_cached
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 
@@ -33,6 +33,6 @@ METHOD = SparseMethod(
         frees="nothing",
         limits="slower than dense by design: the bound that others are measured against",
     ),
-    takes_row_options=True,
+    row_options=ROW_OPTIONS,
     retention=prompts_cached,
 )

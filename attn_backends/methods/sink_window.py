@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 
-from attn_backends.config import MethodConfig, at_least, one_of
+from attn_backends.config import (
+    EngineFacts,
+    MethodConfig,
+    SettingError,
+    at_least,
+    block_problem,
+    one_of,
+)
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.profile import load_profile, require_fit
@@ -46,6 +53,11 @@ class SinkWindowConfig(MethodConfig):
     window_tokens: int = at_least(1, "tokens", default=1024)
     retention: str = one_of(RETENTION_CHOICES, default="evict")
     profile: str = ""
+
+    def check(self, engine: EngineFacts) -> None:
+        """See ``MethodConfig.check``."""
+        if problem := block_problem(self.window_tokens, engine.block_size):
+            raise SettingError("window_tokens", problem)
 
 
 def _schedule(config: SinkWindowConfig, geometry: Geometry) -> LayerSchedule:

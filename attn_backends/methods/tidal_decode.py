@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from attn_backends.batch import RowOptions
-from attn_backends.budget import PRESETS, BudgetConfig, BudgetSelector, prompts_cached
-from attn_backends.config import POLICY_KEY, ConfigError, at_least, one_of
+from attn_backends.budget import PRESETS, ROW_OPTIONS, BudgetConfig, BudgetSelector, prompts_cached
+from attn_backends.config import POLICY_KEY, EngineFacts, SettingError, at_least, one_of
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.policy.composition import compose, retention_of
@@ -66,12 +66,12 @@ class TidalConfig(BudgetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reselect_steps > 1 and self.anchor_attention == "full":
-            raise ConfigError(
-                f"vllm_ext.reselect_steps is {self.reselect_steps}, but anchors that attend "
-                "everything read it in every step; set vllm_ext.anchor_attention to selected"
+            raise SettingError(
+                "reselect_steps",
+                f"is {self.reselect_steps}, but anchors that attend everything read it in every "
+                "step; set vllm_ext.anchor_attention to selected",
             )
-        forced_tokens = max(1, self.sink_tokens + self.recent_tokens)
-        self.policy.require_budgets(forced_tokens, self.min_context_tokens)
+        self.policy.require_budgets(self.least_budget_tokens, self.min_context_tokens)
 
     @classmethod
     def compose(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,9 +86,29 @@ class TidalConfig(BudgetConfig):
                 )
         return {**values, POLICY_KEY: policy}
 
+    def check(self, engine: EngineFacts) -> None:
+        """See ``MethodConfig.check``: a kept selection must not outlive a KV block, and rows must
+        be known by their requests.
+        """
+        super().check(engine)
+        steps, block_size = self.reselect_steps, engine.block_size
+        if block_size % steps:
+            fitting = [n for n in range(1, block_size + 1) if block_size % n == 0]
+            raise SettingError(
+                "reselect_steps",
+                f"is {steps}, which does not divide a KV block of {block_size} tokens; use one "
+                f"of {', '.join(map(str, fitting))}",
+            )
+        if steps > 1 and engine.device_type != "cpu":
+            raise SettingError(
+                "reselect_steps",
+                f"is {steps}, but on GPUs the worker does not tell which request a row is; set it "
+                "to 1",
+            )
+
     @property
     def presets(self) -> Mapping[str, RowOptions]:
-        """See ``BudgetConfig.presets``."""
+        """See ``MethodConfig.presets``."""
         return {**PRESETS, **self.policy.presets}
 
 
@@ -191,6 +211,6 @@ METHOD = SparseMethod(
         frees="nothing, except what a policy's window layers leave out",
         limits="needs a calibrated profile (vllm-ext profile); short contexts gain nothing",
     ),
-    takes_row_options=True,
+    row_options=ROW_OPTIONS,
     retention=_retention,
 )

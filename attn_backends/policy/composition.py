@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attn_backends.config import block_problem
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.policy.model import Policy, PolicyError
 from kvcache.retention import RetentionPolicy, SinkWindowRetention
@@ -44,12 +45,10 @@ def compose(policy: Policy, base: LayerSchedule, block_size: int, num_kv_heads: 
     )
     _require_anchors(owners, base.roles, roles)
     for index, rule in enumerate(policy.layers):
-        if rule.window is not None and rule.window.window_tokens < block_size:
-            raise PolicyError(
-                ("layers", index, "window_tokens"),
-                f"is {rule.window.window_tokens}, less than one KV block of {block_size} tokens; "
-                f"use at least {block_size}, or a smaller --block-size",
-            )
+        if rule.window is None:
+            continue
+        if problem := block_problem(rule.window.window_tokens, block_size):
+            raise PolicyError(("layers", index, "window_tokens"), problem)
     before, after = _anchors(base.roles), _anchors(roles)
     reusing = [layer for layer, role in enumerate(roles) if role is LayerRole.REUSE]
     follows_as_before = [

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from attn_backends.batch import RowOptions
-from attn_backends.config import ConfigError, MethodConfig, settings_of, type_problem
+from attn_backends.config import MethodConfig, SettingError, settings_of, type_problem
 from attn_backends.plan import LayerRole, Window
 from attn_backends.policy.model import ContextBudget, LayerRule, Path, Policy, PolicyError
 
@@ -97,12 +97,9 @@ def _settings(raw: Any, config_cls: type[MethodConfig]) -> dict[str, Any]:
             raise PolicyError(("settings", key), problem)
     try:
         config_cls(**settings)
-    except ConfigError as error:
-        # The settings' own messages start with the name of the one that is wrong.
-        for key in settings:
-            if str(error).startswith(f"vllm_ext.{key} "):
-                problem = str(error).removeprefix(f"vllm_ext.{key} ")
-                raise PolicyError(("settings", key), problem) from None
+    except SettingError as error:
+        if error.field in settings:
+            raise PolicyError(("settings", error.field), error.problem) from None
         raise PolicyError(("settings",), f"do not fit together: {error}") from None
     return settings
 

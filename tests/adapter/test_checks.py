@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from attn_backends.adapter.checks import check_method, refuse, unsupported_reasons
-from attn_backends.config import ConfigError
+from attn_backends.adapter.checks import refuse, unsupported_reasons
 from attn_backends.methods import load_method
-from attn_backends.methods.sink_window import SinkWindowConfig
-from vllm_ext.platforms import selection
 
 
 def _vllm_config(
@@ -134,18 +131,3 @@ def test_the_refusal_says_what_to_do() -> None:
     message = str(refuse(load_method("SINK_WINDOW"), ["ALiBi"]))
     assert "SINK_WINDOW does not support ALiBi" in message
     assert "--no-strict" in message
-
-
-def test_a_window_below_the_block_size_is_refused() -> None:
-    with pytest.raises(ConfigError, match="window_tokens is 64, less than one KV block of 128"):
-        check_method(SinkWindowConfig(window_tokens=64), 128)
-
-
-@pytest.mark.parametrize("field", ["recall_floor", "audit_share"])
-def test_guard_and_audit_are_refused_where_they_would_not_do_what_they_say(field: str) -> None:
-    config = load_method("TIDAL_DECODE").config_cls(**{field: 0.5})
-    selection._check_watching(config, "cpu", 1)
-    selection._check_watching(load_method("TIDAL_DECODE").config_cls(), "cuda", 8)
-    for device_type, num_workers in (("cuda", 1), ("cpu", 2)):
-        with pytest.raises(ConfigError, match=f"{field} is 0.5.*here: {num_workers}"):
-            selection._check_watching(config, device_type, num_workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,8 +61,12 @@ def test_absurd_values_are_errors_that_say_what_works(
 
 
 def test_methods_without_options_refuse_them() -> None:
-    with pytest.raises(ValueError, match="SPARSE_FULL takes no per-request options"):
+    with pytest.raises(ValueError, match=r"SPARSE_FULL takes no .*: TIDAL_DECODE, ORACLE"):
         parse_options({"budget_tokens": 512}, load_method("SPARSE_FULL"), 1)
+    switched = replace(TIDAL, row_options=frozenset({"sparse"}))
+    assert parse_options({"sparse": "off"}, switched, 1) == RowOptions(is_dense=True)
+    with pytest.raises(ValueError, match="has budget_tokens, but TIDAL_DECODE takes only sparse;"):
+        parse_options({"sparse": "on", "budget_tokens": 512}, switched, 1)
     with pytest.raises(ValueError, match=r"window_tokens is 64.*--window-tokens"):
         parse_options({"window_tokens": 64}, load_method("SINK_WINDOW"), 1)
 

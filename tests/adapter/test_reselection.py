@@ -7,15 +7,13 @@ import torch
 
 pytest.importorskip("vllm")
 
-from attn_backends.adapter.checks import check_method
 from attn_backends.adapter.planning import StepPlanner
 from attn_backends.adapter.requests import BOOK
 from attn_backends.batch import RowOptions
-from attn_backends.config import ConfigError
+from attn_backends.config import ConfigError, EngineFacts
 from attn_backends.method import Geometry
 from attn_backends.methods.tidal_decode import METHOD, TidalConfig, _checking_every_age
 from attn_backends.plan import Anchor, LayerRole
-from vllm_ext.platforms import selection
 
 ROWS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, BLOCKS = 3, 2, 4, 32, 32, 12
 CPU = torch.device("cpu")
@@ -63,8 +61,8 @@ def test_intervals_that_cannot_be_honoured_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"reselect_steps is 4, but anchors .* to selected"):
         TidalConfig(reselect_steps=4, anchor_attention="full")
     with pytest.raises(ConfigError, match=r"reselect_steps is 5, .* 1, 2, 4, 8, 16, 32"):
-        check_method(TidalConfig(reselect_steps=5), 32)
-    check_method(TidalConfig(reselect_steps=32), 64)
+        TidalConfig(reselect_steps=5).check(EngineFacts("cpu", 32, 1))
+    TidalConfig(reselect_steps=32).check(EngineFacts("cpu", 64, 1))
     with pytest.raises(ConfigError, match="reselect_steps is 4, but on GPUs"):
-        selection._check_watching(TidalConfig(reselect_steps=4), "cuda", 1)
-    selection._check_watching(TidalConfig(reselect_steps=4), "cpu", 2)
+        TidalConfig(reselect_steps=4).check(EngineFacts("cuda", 32, 1))
+    TidalConfig(reselect_steps=4).check(EngineFacts("cpu", 32, 2))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from dataclasses import Field
 from typing import Any
 
@@ -9,7 +10,9 @@ from attn_backends.config import (
     MAX_COUNT,
     Between,
     ConfigError,
+    EngineFacts,
     OneOf,
+    SettingError,
     known_settings,
     parse_config,
     rule_of,
@@ -103,6 +106,46 @@ def test_bad_settings_name_field_value_and_remedy(settings: object, words: list[
         parse_config(SinkWindowConfig, settings, "SINK_WINDOW")  # type: ignore[arg-type]
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_error_of_a_setting_survives_the_way_from_a_worker() -> None:
+    error = SettingError("window_tokens", "is 5")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "vllm_ext.window_tokens is 5"
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_the_defaults_of_every_method_fit_every_engine(name: str) -> None:
+    config = load_method(name).config_cls()
+    for device_type in ("cpu", "cuda"):
+        for block_size in (16, 32, 128):
+            config.check(EngineFacts(device_type, block_size, num_workers=8))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "engine", "message"),
+    [
+        (
+            "SINK_WINDOW",
+            {"window_tokens": 64},
+            EngineFacts("cpu", 128, 1),
+            "window_tokens is 64, less than one KV block of 128 tokens; use at least 128",
+        ),
+        *(
+            (name, {field: 0.5}, engine, f"{field} is 0.5, but it works on CPUs with one worker")
+            for name in ("TIDAL_DECODE", "ORACLE_TOPK")
+            for field in ("recall_floor", "audit_share")
+            for engine in (EngineFacts("cuda", 16, 1), EngineFacts("cpu", 32, 2))
+        ),
+    ],
+)
+def test_settings_that_would_not_do_what_they_say_are_refused(
+    name: str, settings: dict[str, Any], engine: EngineFacts, message: str
+) -> None:
+    config = parse_config(load_method(name).config_cls, settings, name)
+    config.check(EngineFacts("cpu", 32, 1))
+    with pytest.raises(SettingError) as error:
+        config.check(engine)
+    assert str(error.value).startswith(f"vllm_ext.{message}")
 
 
 def test_unknown_method_lists_the_known_ones() -> None:

@@ -80,7 +80,7 @@ def test_columns_share_engines_where_requests_may_choose() -> None:
 def test_a_budget_that_requests_cannot_choose_is_an_engine_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fixed = dataclasses.replace(load_method("TIDAL_DECODE"), takes_row_options=False)
+    fixed = dataclasses.replace(load_method("TIDAL_DECODE"), row_options=frozenset())
     methods = {"FIXED": fixed, "SPARSE_FULL": load_method("SPARSE_FULL")}
     monkeypatch.setattr(run, "load_method", methods.__getitem__)
     columns = make_columns(["FIXED", "SPARSE_FULL"], [256, 512], {"sink_tokens": 16})

@@ -15,7 +15,7 @@ import torch
 
 from attn_backends.budget import BudgetConfig
 from attn_backends.findings import Findings
-from attn_backends.plan import SELECTING_ROLES, LayerSchedule
+from attn_backends.plan import CHOOSING_ROLES, LayerSchedule
 from attn_backends.profile import Profile, fingerprint, load_profile, read_model_config
 from vllm_ext.calibration import report, search
 from vllm_ext.calibration.data import Sizes, make_examples
@@ -263,7 +263,7 @@ def _profile(
         num_layers=num_layers,
         num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         dense_layers=list(range(DENSE_LAYERS)),
-        anchor_layers=[i for i, role in enumerate(schedule.roles) if role in SELECTING_ROLES],
+        anchor_layers=[i for i, role in enumerate(schedule.roles) if role in CHOOSING_ROLES],
         head_maps={layer: list(heads) for layer, heads in schedule.head_maps.items()},
         findings=found,
         calibration=figures,

@@ -57,7 +57,7 @@ def make_columns(methods: list[str], budgets: list[int], settings: dict[str, Any
         defaults = {field.name: field.default for field in fields(method.config_cls)}
         for budget in budgets:
             title = f"{name}@{budget}"
-            if method.takes_row_options:
+            if "budget_tokens" in method.row_options:
                 columns.append(Column(title, name, own, {"budget_tokens": budget}))
             elif "budget_tokens" in defaults:
                 columns.append(Column(title, name, own | {"budget_tokens": budget}, None))
@@ -70,7 +70,7 @@ def make_columns(methods: list[str], budgets: list[int], settings: dict[str, Any
                 break
     for column in columns:  # before the first engine starts
         parse_config(load_method(column.method).config_cls, column.settings, column.method)
-    elastic = next((c for c in columns if load_method(c.method).takes_row_options), None)
+    elastic = next((c for c in columns if "sparse" in load_method(c.method).row_options), None)
     if elastic is None:
         return [Column(DENSE, "SPARSE_FULL", {}, None), *columns]
     return [Column(DENSE, elastic.method, elastic.settings, {"sparse": "off"}), *columns]

@@ -7,10 +7,14 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from attn_backends.adapter.checks import check_method, refuse, unsupported_reasons
-from attn_backends.adapter.config import chosen_method, geometry_of, method_config
+from attn_backends.adapter.checks import refuse, unsupported_reasons
+from attn_backends.adapter.config import (
+    chosen_method,
+    engine_facts,
+    geometry_of,
+    method_config,
+)
 from attn_backends.adapter.requests import KEYS, parse_options
-from attn_backends.budget import BudgetConfig
 from attn_backends.config import ConfigError, MethodConfig
 from attn_backends.method import SparseMethod
 from attn_backends.methods import load_method
@@ -68,8 +72,7 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
             method.name,
             "; ".join(reasons),
         )
-    check_method(config, cache.block_size)
-    _check_watching(config, device_type, vllm_config.parallel_config.world_size)
+    config.check(engine_facts(vllm_config, device_type))
     schedule = None
     if vllm_config.model_config is not None and not reasons:
         # Asked for here already: a bad profile or policy must not wait for workers.
@@ -111,30 +114,6 @@ def _check_groups(method: SparseMethod, config: MethodConfig, vllm_config: VllmC
         )
 
 
-def _check_watching(config: MethodConfig, device_type: str, num_workers: int) -> None:
-    """Refuses guard, audit and kept selections where they would not do what they say.
-
-    Each worker of a tensor-parallel group sees its own heads: guards would decide differently,
-    and every worker would count the audit's rows.
-
-    Raises:
-        ConfigError: names the setting, and where it works.
-    """
-    for field in ("recall_floor", "audit_share"):
-        value = getattr(config, field, False)
-        if value and (device_type != "cpu" or num_workers > 1):
-            raise ConfigError(
-                f"vllm_ext.{field} is {value}, but it works on CPUs with one worker per replica "
-                f"only (here: {num_workers} on {device_type}); set it to 0"
-            )
-    reselect_steps = getattr(config, "reselect_steps", 1)
-    if reselect_steps > 1 and device_type != "cpu":
-        raise ConfigError(
-            f"vllm_ext.reselect_steps is {reselect_steps}, but on GPUs the worker does not tell "
-            "which request a row is; set it to 1"
-        )
-
-
 def _refuse_unserved(extra_args: Mapping[str, Any] | None) -> None:
     from vllm.exceptions import VLLMValidationError
 
@@ -160,10 +139,10 @@ def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> Non
     if _active.get("method") is None:
         return
     config = _active["config"]
-    forced_tokens = getattr(config, "sink_tokens", 0) + getattr(config, "recent_tokens", 0)
-    presets = config.presets if isinstance(config, BudgetConfig) else {}
     try:
-        options = parse_options(extra_args, _active["method"], max(1, forced_tokens), presets)
+        options = parse_options(
+            extra_args, _active["method"], config.least_budget_tokens, config.presets
+        )
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     if options is None:
