@@ -18,7 +18,8 @@ from attn_backends.plan import LayerRole, LayerSchedule, Window
 from attn_backends.policy.composition import compose, retention_of
 from attn_backends.policy.model import NO_POLICY, PolicyError
 from attn_backends.policy.reading import parse_policy
-from kvcache.retention import KeepAll, SinkWindowRetention
+from kvcache.retention import KeepAll, SpanRetention
+from kvcache.spans import Span
 from tests.batches import decode_batch
 
 DENSE, ANCHOR, REUSE = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE
@@ -163,7 +164,7 @@ def test_roles_head_maps_windows_and_retention_follow_the_policy() -> None:
     assert composed.schedule.head_maps == {2: (1, 0)}
     assert composed.unmapped_layers == (5,)
     keep = KeepAll(caches_generated=False)
-    window = SinkWindowRetention(8, 64, caches_generated=False)
+    window = SpanRetention(Span(8, 64), caches_generated=False)
     assert retention_of(policy, (keep,) * 6) == (window, *(keep,) * 5)
 
 
