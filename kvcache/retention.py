@@ -6,8 +6,11 @@ kept stays where it was (keys are cached after RoPE).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from kvcache.spans import Span
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,10 @@ class BlockRange:
 
 
 class RetentionPolicy(Protocol):
-    """What a request may forget, and what it needs in order to go on."""
+    """What every policy says of itself; what frees blocks says more (``SpanRetention``).
+
+    Policies are hashable and equal where they do the same.
+    """
 
     @property
     def identity(self) -> str:
@@ -31,32 +37,10 @@ class RetentionPolicy(Protocol):
 
     @property
     def caches_generated(self) -> bool:
-        """Whether blocks of generated tokens may serve later prompts."""
-        ...
-
-    def evictable(self, num_computed_tokens: int, block_size: int) -> BlockRange:
-        """Blocks that no later query may read.
-
-        Args:
-            num_computed_tokens: tokens whose keys and values are final; the next query's
-                position.
-            block_size: tokens per block.
+        """Whether blocks of generated tokens may serve later prompts. False where decode is
+        sparse: keys and values of generated tokens come from sparse hidden states then, and a
+        later prompt would have computed them densely.
         """
-        ...
-
-    def max_held_blocks(self, in_flight_tokens: int, max_model_len: int, block_size: int) -> int:
-        """The most blocks a request ever holds at once.
-
-        Args:
-            in_flight_tokens: tokens that may be scheduled beyond the final ones: frees lag
-                behind by that much.
-            max_model_len: longest request, tokens.
-            block_size: tokens per block.
-        """
-        ...
-
-    def tail_blocks_for_hit(self, block_size: int) -> int:
-        """Contiguous blocks before a position without which a request cannot go on from it."""
         ...
 
 
@@ -65,9 +49,7 @@ class KeepAll:
     """Keeps every block.
 
     Attributes:
-        caches_generated: whether blocks of generated tokens may serve later prompts. False for
-            methods whose decode is sparse: what they generate, they compute from sparse hidden
-            states, and a later prompt would have computed it densely.
+        caches_generated: see ``RetentionPolicy.caches_generated``.
     """
 
     caches_generated: bool = True
@@ -75,88 +57,89 @@ class KeepAll:
     @property
     def identity(self) -> str:
         """See ``RetentionPolicy.identity``."""
-        return "all" if self.caches_generated else "all-prompts-cached"
-
-    def evictable(self, num_computed_tokens: int, block_size: int) -> BlockRange:
-        """See ``RetentionPolicy.evictable``: nothing."""
-        return BlockRange(0, 0)
-
-    def max_held_blocks(self, in_flight_tokens: int, max_model_len: int, block_size: int) -> int:
-        """See ``RetentionPolicy.max_held_blocks``."""
-        return -(-max_model_len // block_size)
-
-    def tail_blocks_for_hit(self, block_size: int) -> int:
-        """See ``RetentionPolicy.tail_blocks_for_hit``: all that there are."""
-        return 1 << 30
+        return "all" + _cached(self.caches_generated)
 
 
 @dataclass(frozen=True)
-class SinkWindowRetention:
-    """Keeps the blocks of the first ``sink_tokens`` and of the last ``window_tokens``.
+class SpanRetention:
+    """Keeps what a later query may see: the sinks, in whole blocks, and the span behind them.
 
-    StreamingLLM's cache (arXiv 2309.17453) with original positions; sinks are kept in whole
-    blocks, the window until its last token has left it.
+    A plain window is StreamingLLM's cache (arXiv 2309.17453) with original positions.
 
     Attributes:
-        sink_tokens: 0 or more.
-        window_tokens: what a query may see, itself included; 1 or more.
-        caches_generated: see ``KeepAll``; False where other layers decode sparsely.
-
-    Raises:
-        ValueError: a value out of its range.
+        span: what a query sees, by its position.
+        caches_generated: see ``RetentionPolicy.caches_generated``.
     """
 
-    sink_tokens: int
-    window_tokens: int
+    span: Span
     caches_generated: bool = True
-
-    def __post_init__(self) -> None:
-        if self.sink_tokens < 0:
-            raise ValueError(f"sink_tokens is {self.sink_tokens}; it must be at least 0")
-        if self.window_tokens < 1:
-            raise ValueError(f"window_tokens is {self.window_tokens}; it must be at least 1")
 
     @property
     def identity(self) -> str:
         """See ``RetentionPolicy.identity``."""
-        cached = "" if self.caches_generated else "-prompts-cached"
-        return f"sink{self.sink_tokens}-window{self.window_tokens}{cached}"
+        return str(self.span) + _cached(self.caches_generated)
 
     def sink_blocks(self, block_size: int) -> int:
         """Blocks at the start that are always kept."""
-        return -(-self.sink_tokens // block_size)
+        return -(-self.span.sink_tokens // block_size)
 
     def evictable(self, num_computed_tokens: int, block_size: int) -> BlockRange:
-        """See ``RetentionPolicy.evictable``: the gap between sinks and window."""
-        # The next query, at position n, sees tokens from n - window + 1 on.
-        first_seen = max(0, num_computed_tokens - self.window_tokens + 1)
+        """Blocks that no later query may read: the gap between sinks and span.
+
+        Args:
+            num_computed_tokens: tokens whose keys and values are final; the next query's
+                position.
+            block_size: tokens per block.
+        """
+        first_seen = self.span.first_seen(num_computed_tokens + 1)
         return BlockRange(self.sink_blocks(block_size), first_seen // block_size)
 
-    def max_held_blocks(self, in_flight_tokens: int, max_model_len: int, block_size: int) -> int:
-        """See ``RetentionPolicy.max_held_blocks``."""
-        everything = -(-max_model_len // block_size)
-        live_tokens = self.window_tokens - 1 + in_flight_tokens
-        # One more: the window may start and end inside a block.
-        live_blocks = -(-live_tokens // block_size) + 1
-        return min(everything, self.sink_blocks(block_size) + live_blocks)
+    def held_blocks(self, num_tokens: int, in_flight_tokens: int, block_size: int) -> int:
+        """The most blocks a request ever holds while its first ``num_tokens`` are computed, in
+        chunks of any size; it never falls as tokens are added.
 
-    def tail_blocks_for_hit(self, block_size: int) -> int:
-        """See ``RetentionPolicy.tail_blocks_for_hit``."""
-        return -(-(self.window_tokens - 1) // block_size)
+        Args:
+            num_tokens: 1 or more.
+            in_flight_tokens: most tokens that are scheduled and not yet final, a step's own
+                included: frees lag behind by that much.
+            block_size: tokens per block.
+        """
+        # With p tokens final, the span of the next one and min(in_flight, n - p) tokens from it
+        # on are held. The span grows by at most one per token, so most are held when the last
+        # in_flight tokens start.
+        num_final = max(0, num_tokens - in_flight_tokens)
+        live_tokens = self.span.tokens(num_final + 1) - 1 + in_flight_tokens
+        # One more: what is live may start and end inside a block.
+        live_blocks = -(-live_tokens // block_size) + 1
+        return min(-(-num_tokens // block_size), self.sink_blocks(block_size) + live_blocks)
+
+    def tail_blocks_for_hit(self, prefix_tokens: int, block_size: int) -> int:
+        """Contiguous blocks at the end of a prefix without which a request cannot go on from it.
+
+        Args:
+            prefix_tokens: whole blocks.
+            block_size: tokens per block.
+        """
+        return -(-(self.span.tokens(prefix_tokens + 1) - 1) // block_size)
+
+
+def _cached(caches_generated: bool) -> str:
+    return "" if caches_generated else "-prompts-cached"
 
 
 def usable_prefix(
-    is_cached: list[bool], sink_blocks: int, tail_blocks: int
+    is_cached: Sequence[bool], sink_blocks: int, tail_blocks: Callable[[int], int]
 ) -> tuple[int, BlockRange]:
     """The longest prefix from which a gapped request can go on.
 
-    A prefix of ``n`` blocks is usable if its sink blocks and its last ``tail_blocks`` blocks
-    (those that lie behind the sinks) are all cached; the gap between them is not needed.
+    A prefix of ``n`` blocks is usable if its sink blocks and its last ``tail_blocks(n)`` blocks
+    (those that lie behind the sinks, and at least the last one) are all cached; the gap between
+    them is not needed.
 
     Args:
         is_cached: per logical block, as many as may be hit.
         sink_blocks: blocks that every prefix needs.
-        tail_blocks: see ``RetentionPolicy.tail_blocks_for_hit``.
+        tail_blocks: of a prefix of so many blocks; see ``SpanRetention.tail_blocks_for_hit``.
 
     Returns:
         The number of blocks in the prefix, and those of them that are not needed.
@@ -166,9 +149,11 @@ def usable_prefix(
         sinks += 1
     if sinks < sink_blocks:
         return sinks, BlockRange(sinks, sinks)
-    run = 0  # cached blocks in a row, from the right
-    for block in range(len(is_cached) - 1, sink_blocks - 1, -1):
-        run = run + 1 if is_cached[block] else 0
-        if run and run >= tail_blocks:
-            return block + run, BlockRange(sink_blocks, block)
-    return sink_blocks + run, BlockRange(sink_blocks, sink_blocks)
+    runs = [0]  # by blocks behind the sinks: how many of the last ones are cached in a row
+    for block in range(sinks, len(is_cached)):
+        runs.append(runs[-1] + 1 if is_cached[block] else 0)
+    for behind in range(len(runs) - 1, 0, -1):
+        tail = max(1, min(tail_blocks(sinks + behind), behind))
+        if runs[behind] >= tail:
+            return sinks + behind, BlockRange(sinks, sinks + behind - tail)
+    return sinks, BlockRange(sinks, sinks)

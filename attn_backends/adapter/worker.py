@@ -23,7 +23,8 @@ from attn_backends.adapter.config import (
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.requests import BOOK
 from attn_backends.config import ConfigError
-from kvcache.adapter.specs import with_retention
+from kvcache.adapter.specs import policies_of, policies_of_groups, with_policies
+from kvcache.grouping import check_groups
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,10 +56,12 @@ def retained_specs(
     config.check(engine_facts(vllm_config, current_platform.device_type))
     policies = method.retention(config, geometry_of(vllm_config))
     try:
-        return {
-            name: with_retention(spec, policies[extract_layer_index(name)])
-            for name, spec in specs.items()
-        }
+        return with_policies(
+            specs,
+            {name: policies[extract_layer_index(name)] for name in specs},
+            in_flight_tokens=vllm_config.max_in_flight_tokens,
+            max_model_len=vllm_config.model_config.max_model_len,
+        )
     except TypeError as error:
         raise ConfigError(f"{method.name}: {error}") from None
 
@@ -73,7 +76,9 @@ class RetainingWorker:
         stock: Any = super()
         with unallocated(self.vllm_config):
             specs = stock.get_kv_cache_spec()
-        return retained_specs(self.vllm_config, specs)
+        planned = retained_specs(self.vllm_config, specs)
+        self._planned = policies_of(planned)
+        return planned
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """See ``Worker.execute_model``."""
@@ -82,7 +87,16 @@ class RetainingWorker:
         return stock.execute_model(scheduler_output)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """See ``Worker.initialize_from_config``; dropped layers are bound to another's cache."""
+        """See ``Worker.initialize_from_config``; dropped layers are bound to another's cache.
+
+        Raises:
+            ConfigError: vLLM's KV groups are not the ones that were planned.
+        """
+        if (method := chosen_method(self.vllm_config)) is not None:
+            try:
+                check_groups(self._planned, policies_of_groups(kv_cache_config))
+            except ValueError as error:
+                raise ConfigError(f"{method.name}: {error}") from None
         stock: Any = super()
         with unallocated(self.vllm_config):
             stock.initialize_from_config(kv_cache_config)

@@ -26,7 +26,7 @@ from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.profile import load_profile, require_fit
 from attn_backends.windows import WindowSelector
-from kvcache.retention import KeepAll, RetentionPolicy, SinkWindowRetention
+from kvcache.retention import KeepAll, RetentionPolicy, SpanRetention
 from kvcache.spans import Span
 
 RETENTION_CHOICES = ("evict", "keep_all")
@@ -85,7 +85,7 @@ def _selector(
 def _retention(config: SinkWindowConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
     if config.retention == "keep_all":
         return (KeepAll(),) * geometry.num_layers
-    window = SinkWindowRetention(config.sink_tokens, config.window_tokens)
+    window = SpanRetention(Span(config.sink_tokens, config.window_tokens))
     return tuple(
         KeepAll() if role is LayerRole.DENSE else window
         for role in _schedule(config, geometry).roles

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from attn_backends.config import block_problem
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.policy.model import Policy, PolicyError
-from kvcache.retention import RetentionPolicy, SinkWindowRetention
+from kvcache.retention import RetentionPolicy, SpanRetention
 from kvcache.spans import Span
 
 
@@ -86,9 +86,8 @@ def retention_of(policy: Policy, base: tuple[RetentionPolicy, ...]) -> tuple[Ret
             # What a window layer writes for a generated token comes from hidden states that the
             # sparse layers before it made: it serves other prompts no more than theirs does.
             window = rule.window
-            retained[layer] = SinkWindowRetention(
-                window.sink_tokens, window.window_tokens, base[layer].caches_generated
-            )
+            span = Span(window.sink_tokens, window.window_tokens)
+            retained[layer] = SpanRetention(span, base[layer].caches_generated)
     return tuple(retained)
 
 

@@ -1,7 +1,7 @@
 """KV cache managers: they free what the policy lets go, and hit only what can go on.
 
 Registered through the platform's ``register_custom_kv_cache_specs``. Prefix caching: a hit
-needs the sink blocks and a live tail as long as the window; the gap between them is null
+needs the sink blocks and a live tail as long as the span at its end; the gap between them is null
 blocks. Keys of the cache carry the group id, and one group has one policy, so that blocks of
 one policy are never found by another or by a dense group; a server has one policy for all
 requests.
@@ -18,7 +18,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Slid
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvcache.adapter.figures import figure_files
-from kvcache.adapter.specs import PromptCachedSpec, SinkWindowSpec
+from kvcache.adapter.specs import KeepAllSpec, SpanSpec
 from kvcache.retention import usable_prefix
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ class PromptEnds:
         return min(num_tokens, self._by_request.setdefault(request, request.num_prompt_tokens))
 
 
-class SinkWindowManager(SlidingWindowManager):
-    """Keeps sinks and window of every request; frees the gap while it forms."""
+class SpanManager(SlidingWindowManager):
+    """Keeps sinks and span of every request; frees the gap while it forms."""
 
-    kv_cache_spec: SinkWindowSpec
+    kv_cache_spec: SpanSpec
 
-    def __init__(self, kv_cache_spec: SinkWindowSpec, **kwargs: Any) -> None:
+    def __init__(self, kv_cache_spec: SpanSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._policy = kv_cache_spec.policy
         self._prompt_ends = PromptEnds()
@@ -89,8 +89,8 @@ class SinkWindowManager(SlidingWindowManager):
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """vLLM's; up to the end of the prompt where the spec says so."""
-        if self.kv_cache_spec.caches_prompts_only:
+        """vLLM's; up to the end of the prompt where the policy says so."""
+        if not self._policy.caches_generated:
             num_tokens = self._prompt_ends.cacheable_tokens(request, num_tokens)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
@@ -108,19 +108,29 @@ class SinkWindowManager(SlidingWindowManager):
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
         *args: Any,
+        apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
-        """vLLM's count; at admission, gaps of a prefix hit are not taken for held blocks."""
-        needed = super().get_num_blocks_to_allocate(
-            request_id, num_tokens, new_computed_blocks, *args, **kwargs
-        )
-        cap = self.max_admission_blocks_per_request
-        if not kwargs.get("apply_admission_cap") or cap is None:
-            return int(needed)
+        """vLLM's count; at admission, the most that a request of this length will hold, less
+        what it gets by a prefix hit (whose gap is not held).
+
+        vLLM's own cap is the longest request's. This one is not below what a request holds before
+        it generates, and never above vLLM's, so that whatever fits an empty pool is admitted.
+        """
+        if not apply_admission_cap or request_id in self.req_to_blocks:
+            needed: int = super().get_num_blocks_to_allocate(
+                request_id,
+                num_tokens,
+                new_computed_blocks,
+                *args,
+                apply_admission_cap=apply_admission_cap,
+                **kwargs,
+            )
+            return needed
         missing = -(-num_tokens // self.block_size) - len(new_computed_blocks)
-        live = _live(new_computed_blocks)
-        evictable = self._get_num_evictable_blocks(new_computed_blocks)
-        return max(int(needed), min(missing, cap - live) + evictable)
+        may_add = self.kv_cache_spec.held_blocks(num_tokens) - _live(new_computed_blocks)
+        evictable: int = self._get_num_evictable_blocks(new_computed_blocks)
+        return min(missing, may_add) + evictable
 
     def remove_skipped_blocks(
         self,
@@ -156,7 +166,7 @@ class SinkWindowManager(SlidingWindowManager):
         max_length: int,
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
-        kv_cache_spec: SinkWindowSpec,
+        kv_cache_spec: SpanSpec,
         drop_eagle_block: bool,
         alignment_tokens: int,
         dcp_world_size: int = 1,
@@ -177,7 +187,11 @@ class SinkWindowManager(SlidingWindowManager):
             block_pool.get_cached_block(hashes[index], kv_cache_group_ids)
             for index in range(max_length // block_size)
         ]
-        sinks, tail = policy.sink_blocks(block_size), policy.tail_blocks_for_hit(block_size)
+        sinks = policy.sink_blocks(block_size)
+
+        def tail(num_blocks: int) -> int:
+            return policy.tail_blocks_for_hit(num_blocks * block_size, block_size)
+
         length, gap = usable_prefix([f is not None for f in found], sinks, tail)
         while length * block_size % alignment_tokens:
             known = [f is not None for f in found[: length - 1]]
@@ -199,20 +213,22 @@ def _live(blocks: Sequence[KVCacheBlock]) -> int:
     return sum(not block.is_null for block in blocks)
 
 
-class PromptCachedManager(FullAttentionManager):
-    """Full attention whose generated blocks stay out of the prefix cache."""
+class KeepAllManager(FullAttentionManager):
+    """Full attention; generated blocks stay out of the prefix cache where the policy says so."""
 
-    def __init__(self, kv_cache_spec: PromptCachedSpec, **kwargs: Any) -> None:
+    def __init__(self, kv_cache_spec: KeepAllSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
+        self._caches_generated = kv_cache_spec.policy.caches_generated
         self._prompt_ends = PromptEnds()
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """vLLM's, up to the end of the prompt."""
-        num_tokens = self._prompt_ends.cacheable_tokens(request, num_tokens)
+        """vLLM's; up to the end of the prompt where the policy says so."""
+        if not self._caches_generated:
+            num_tokens = self._prompt_ends.cacheable_tokens(request, num_tokens)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 
 def register() -> None:
     """Makes the specs known to vLLM; called again without effect."""
-    KVCacheSpecRegistry.register(SinkWindowSpec, SinkWindowManager, SinkWindowSpec)
-    KVCacheSpecRegistry.register(PromptCachedSpec, PromptCachedManager, PromptCachedSpec)
+    KVCacheSpecRegistry.register(SpanSpec, SpanManager, SpanSpec)
+    KVCacheSpecRegistry.register(KeepAllSpec, KeepAllManager, KeepAllSpec)

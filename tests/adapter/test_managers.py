@@ -1,249 +1,65 @@
-"""Retention managers against a plain-Python model, over random lives of requests; no engine.
-
-After every event: every block is free or held, reference counts are what the block tables
-say, what must be kept is kept, what must be freed is freed, and every block that a request
-can read holds exactly that request's tokens. Where decode is sparse, a block that came from the
-prefix cache holds only what was computed densely.
-"""
+"""Retention managers over random lives of requests, and their rules one by one; no engine."""
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
 
-from vllm import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-from vllm.v1.request import Request, StreamingUpdate
-
 from kvcache.adapter.figures import FOLDER_ENV, figure_files
-from kvcache.adapter.managers import HELD, SinkWindowManager, register
-from kvcache.adapter.specs import SinkWindowSpec, with_retention
-from kvcache.retention import KeepAll, RetentionPolicy, SinkWindowRetention
+from kvcache.adapter.managers import HELD
+from kvcache.retention import KeepAll, RetentionPolicy, SpanRetention
+from kvcache.spans import Span
+from tests.adapter.kv_world import SMALL, Life, Scale, World
 from vllm_ext.metrics import WorkerFigures
 
-BLOCK, MAX_LEN, CHUNK = 4, 120, 24
-FULL = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
+BLOCK, MAX_LEN, CHUNK = SMALL.block, SMALL.max_len, SMALL.chunk
+WINDOW = SpanRetention(Span(6, 13))
+ELASTIC = SpanRetention(Span(4, 8, -10, 32))
 POLICIES: dict[str, tuple[RetentionPolicy, ...]] = {
-    "sinks-and-window": (SinkWindowRetention(6, 13),),
-    "window-only": (SinkWindowRetention(0, 5),),
-    "sinks-and-one-token": (SinkWindowRetention(8, 1),),
+    "sinks-and-window": (WINDOW,),
+    "window-only": (SpanRetention(Span(0, 5)),),
+    "sinks-and-one-token": (SpanRetention(Span(8, 1)),),
+    "elastic": (ELASTIC,),
     "prompts-cached": (KeepAll(caches_generated=False),),
-    "full-and-window": (KeepAll(), SinkWindowRetention(4, 9)),
-    "two-windows": (SinkWindowRetention(4, 9), SinkWindowRetention(8, 21)),
-    "policy": (KeepAll(False), SinkWindowRetention(4, 9, caches_generated=False)),
+    "full-and-window": (KeepAll(), SpanRetention(Span(4, 9))),
+    "two-windows": (SpanRetention(Span(4, 9)), SpanRetention(Span(8, 21))),
+    "policy": (KeepAll(False), SpanRetention(Span(4, 9), caches_generated=False)),
+    "full-and-spans": (KeepAll(), KeepAll(False), SpanRetention(Span(4, 9)), ELASTIC),
 }
 
 
-def _manager(
-    policies: tuple[RetentionPolicy, ...], num_blocks: int, caching: bool = True
-) -> KVCacheManager:
-    KVCacheSpecRegistry._ensure_registered()
-    register()
-    groups = [
-        KVCacheGroupSpec([f"layer{index}"], with_retention(FULL, policy))
-        for index, policy in enumerate(policies)
-    ]
-    return KVCacheManager(
-        KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
-        max_model_len=MAX_LEN,
-        scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
-        max_in_flight_tokens=CHUNK,
-        enable_caching=caching,
-    )
+def _layers(policies: Sequence[RetentionPolicy]) -> dict[str, RetentionPolicy]:
+    """One layer of each policy."""
+    return {f"layer.{index}": policy for index, policy in enumerate(policies)}
 
 
-@dataclass
-class Life:
-    """A request and what has been computed of it."""
-
-    request: Request
-    num_computed: int = 0
-    is_running: bool = False
-    first_sparse: int = MAX_LEN  # the first generated token that this run computed
+def _world(*policies: RetentionPolicy, num_blocks: int = 200, scale: Scale = SMALL) -> World:
+    return World(_layers(policies), seed=1, num_blocks=num_blocks, caching=True, scale=scale)
 
 
-class World:
-    """A manager, its requests, and what every block holds."""
-
-    def __init__(
-        self, policies: tuple[RetentionPolicy, ...], seed: int, num_blocks: int, caching: bool
-    ) -> None:
-        init_none_hash(sha256)
-        self.policies, self.num_blocks = policies, num_blocks
-        self.manager = _manager(policies, num_blocks, caching)
-        self.source = random.Random(seed)
-        self.lives: list[Life] = []
-        # By block id: the prefix it ends, and whether all of that was computed densely.
-        self.content: dict[int, tuple[tuple[int, ...], bool]] = {}
-        self.events: Counter[str] = Counter()
-        self._hasher = get_request_block_hasher(BLOCK, sha256)
-        self._families = [[family] * 80 for family in range(3)]
-
-    def arrive(self) -> None:
-        """A new prompt, often with a known beginning: a family's, or another's whole answer."""
-        known = self.source.choice(self._families)[: self.source.randrange(0, 70)]
-        if self.lives and self.source.random() < 0.3:
-            known = list(self.source.choice(self.lives).request.all_token_ids)[: MAX_LEN - 30]
-        own = [self.source.randrange(100, 103) for _ in range(self.source.randrange(1, 30))]
-        request = Request(
-            request_id=f"r{self.events.total()}",
-            prompt_token_ids=known + own,
-            sampling_params=SamplingParams(max_tokens=50),
-            pooling_params=None,
-            block_hasher=self._hasher,
-        )
-        self.lives.append(Life(request))
-        self.events["arrive"] += 1
-
-    def step(self, life: Life) -> None:
-        """One scheduled chunk or decode step; preempts others when the pool is full."""
-        request = life.request
-        hit, num_hit = None, 0
-        if not life.is_running:
-            hit, num_hit, _ = self.manager.get_computed_blocks(request)
-            self.events["hit" if num_hit else "miss"] += 1
-            self._check_hit(hit.blocks)
-        start = life.num_computed + num_hit
-        count = min(self.source.choice((1, 3, CHUNK)), request.num_tokens - start)
-        request.num_computed_tokens = life.num_computed
-        allocated = self.manager.allocate_slots(
-            request, count, num_hit, hit, full_sequence_must_fit=not life.is_running
-        )
-        if allocated is None:
-            victims = [other for other in self.lives if other.is_running and other is not life]
-            if victims:
-                self.stop(self.source.choice(victims), "preempt")
-            return
-        life.is_running = True
-        life.num_computed = request.num_computed_tokens = start + count
-        self._write(life, start)
-        if life.num_computed == request.num_tokens:
-            request.append_output_token_ids(self.source.randrange(100, 103))
-            if request.num_tokens >= MAX_LEN or self.source.random() < 0.02:
-                self.stop(life, "finish")
-            elif self.source.random() < 0.02:
-                self.go_on(life)
-        self.events["step"] += 1
-
-    def go_on(self, life: Life) -> None:
-        """The next chunk of a streaming-input session: vLLM makes prompt of what was generated."""
-        own = [self.source.randrange(100, 103) for _ in range(self.source.randrange(1, 9))]
-        if life.request.num_tokens + len(own) > MAX_LEN:
-            return
-        scheduler: Any = SimpleNamespace(hash_block_size=BLOCK, log_stats=False)
-        params = life.request.sampling_params
-        update = StreamingUpdate(
-            mm_features=None,
-            prompt_token_ids=own,
-            max_tokens=50,
-            arrival_time=0.0,
-            sampling_params=params,
-        )
-        Scheduler._update_request_as_session(scheduler, life.request, update)
-        self.events["go on"] += 1
-
-    def stop(self, life: Life, how: str) -> None:
-        """Frees a request; a preempted one starts again later."""
-        self.manager.free(life.request)
-        life.num_computed, life.is_running, life.first_sparse = 0, False, MAX_LEN
-        life.request.num_computed_tokens = 0
-        if how != "preempt":
-            self.lives.remove(life)
-        self.events[how] += 1
-
-    def _write(self, life: Life, start: int) -> None:
-        tokens = tuple(life.request.all_token_ids)
-        if life.num_computed > life.request.num_prompt_tokens:
-            generated = max(start, life.request.num_prompt_tokens)
-            life.first_sparse = min(life.first_sparse, generated)
-        for blocks in self.tables(life):
-            for index in range(start // BLOCK, -(-life.num_computed // BLOCK)):
-                assert not blocks[index].is_null, "a token was written into the null block"
-                end = min((index + 1) * BLOCK, life.num_computed)
-                self.content[blocks[index].block_id] = (tokens[:end], end <= life.first_sparse)
-
-    def _check_hit(self, hit: Any) -> None:
-        for policy, blocks in zip(self.policies, hit, strict=True):
-            for block in blocks:
-                is_dense = block.is_null or self.content[block.block_id][1]
-                assert policy.caches_generated or is_dense, "computed sparsely, and served"
-
-    def tables(self, life: Life) -> list[Any]:
-        """The request's block table of every group."""
-        managers = self.manager.coordinator.single_type_managers
-        return [m.req_to_blocks.get(life.request.request_id, []) for m in managers]
-
-    def check(self) -> None:
-        """The invariants."""
-        held: Counter[int] = Counter()
-        for life in self.lives:
-            tokens = tuple(life.request.all_token_ids)
-            for policy, blocks in zip(self.policies, self.tables(life), strict=True):
-                assert life.is_running or not blocks
-                held.update(b.block_id for b in blocks if not b.is_null)
-                self._check_table(life, tokens, policy, blocks)
-        for manager in self.manager.coordinator.single_type_managers:
-            if isinstance(manager, SinkWindowManager):
-                live = (b for blocks in manager.req_to_blocks.values() for b in blocks)
-                assert manager.num_held_blocks == sum(not block.is_null for block in live)
-        pool = self.manager.block_pool
-        for block in pool.blocks:
-            assert block.is_null or block.ref_cnt == held[block.block_id]
-        assert pool.get_num_free_blocks() + len(held) == self.num_blocks - 1
-
-    def _check_table(
-        self, life: Life, tokens: tuple[int, ...], policy: RetentionPolicy, blocks: Any
-    ) -> None:
-        # What the next query may see must be there, and be this request's.
-        seen_from, sinks = 0, 0
-        if isinstance(policy, SinkWindowRetention):
-            seen_from = max(0, life.num_computed - policy.window_tokens + 1)
-            sinks = policy.sink_tokens
-        for index, block in enumerate(blocks):
-            first, end = index * BLOCK, min((index + 1) * BLOCK, life.num_computed)
-            if first < end and (first < sinks or end > seen_from):
-                assert not block.is_null, f"block {index} is needed, and gone"
-                assert self.content[block.block_id][0][:end] == tokens[:end]
-        alive = sum(not block.is_null for block in blocks)
-        assert alive <= policy.max_held_blocks(CHUNK, MAX_LEN, BLOCK)
-
-
-@pytest.mark.parametrize("caching", [True, False], ids=["prefix-cache", "no-prefix-cache"])
-@pytest.mark.parametrize("name", POLICIES)
-def test_ten_thousand_events_leave_nothing_lost_and_nothing_owned_twice(
-    name: str, caching: bool
-) -> None:
-    world = World(POLICIES[name], seed=7, num_blocks=60, caching=caching)
+def _event(world: World) -> Life:
+    """Something happens to a request."""
     source = world.source
-    while world.events.total() < 10_000:
-        if len(world.lives) < 6 or (len(world.lives) < 9 and source.random() < 0.1):
-            world.arrive()
-        life = source.choice(world.lives)
-        chance = source.random()
-        if life.is_running and chance < 0.01:
-            world.stop(life, "abort")
-        elif life.is_running and chance < 0.02:
-            world.stop(life, "preempt")
-        else:
-            world.step(life)
-        world.check()
-    wanted = {"arrive", "step", "miss", "preempt", "abort", "finish", "go on"}
-    assert wanted | ({"hit"} if caching else set()) <= set(world.events)
+    if len(world.lives) < 6 or (len(world.lives) < 9 and source.random() < 0.1):
+        world.arrive()
+    life = source.choice(world.lives)
+    chance = source.random()
+    if life.is_running and chance < 0.01:
+        world.stop(life, "abort")
+    elif life.is_running and chance < 0.02:
+        world.stop(life, "preempt")
+    else:
+        world.step(life)
+    return life
+
+
+def _end(world: World) -> None:
+    """Everybody leaves; nothing leaks."""
     for life in list(world.lives):
         if life.is_running:
             world.stop(life, "abort")
@@ -252,22 +68,60 @@ def test_ten_thousand_events_leave_nothing_lost_and_nothing_owned_twice(
     assert all(block.ref_cnt == 0 for block in pool.blocks if not block.is_null)
 
 
-def _run(world: World, tokens: list[int]) -> Life:
-    request = Request(
-        request_id=f"r{len(world.lives)}",
-        prompt_token_ids=tokens,
-        sampling_params=SamplingParams(max_tokens=50),
-        pooling_params=None,
-        block_hasher=get_request_block_hasher(BLOCK, sha256),
-    )
-    life = Life(request)
-    world.lives.append(life)
-    return life
+EVENTS = {"arrive", "step", "miss", "preempt", "abort", "finish", "go on"}
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["prefix-cache", "no-prefix-cache"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_ten_thousand_events_leave_nothing_lost_and_nothing_owned_twice(
+    name: str, caching: bool
+) -> None:
+    policies = POLICIES[name]
+    num_blocks = max(60, 30 * len(policies))
+    world = World(_layers(policies), seed=7, num_blocks=num_blocks, caching=caching)
+    while world.events.total() < 10_000:
+        _event(world)
+        world.check()
+    assert EVENTS | ({"hit"} if caching else set()) <= set(world.events)
+    _end(world)
+
+
+WIDE = SpanRetention(Span(64, 512))
+GROWING = SpanRetention(Span(64, 128, -128, 24))
+FULL_SIZE = Scale(block=32, max_len=1500, chunk=256, steps_in_flight=2, num_heads=1)
+ENTRIES: dict[str, tuple[dict[str, RetentionPolicy], Scale]] = {
+    "heads": (
+        {
+            f"layer.{layer}.head{head}": policy
+            for layer in range(2)
+            for head, policy in enumerate((KeepAll(), WIDE, GROWING, GROWING))
+        },
+        FULL_SIZE,
+    ),
+    "layers": (
+        _layers((KeepAll(False), SpanRetention(WIDE.span, False), SpanRetention(GROWING.span))),
+        replace(FULL_SIZE, num_heads=4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_ten_thousand_events_with_spans_of_full_size_and_overlapping_steps(name: str) -> None:
+    """Entries as a model has them; groups as vLLM makes them, two of them of one policy."""
+    planned, scale = ENTRIES[name]
+    world = World(planned, seed=11, num_blocks=300, caching=True, scale=scale)
+    assert len(world.policies) == {"heads": 4, "layers": 3}[name]
+    while world.events.total() < 10_000:
+        world.check_tables(_event(world))
+        if world.events.total() % 8 == 0:  # what is wrong stays wrong
+            world.check()
+    assert EVENTS | {"hit"} <= set(world.events)
+    _end(world)
 
 
 def test_a_gapped_request_holds_sinks_and_window_and_serves_a_hit() -> None:
-    world = World((SinkWindowRetention(6, 13),), seed=1, num_blocks=200, caching=True)
-    first = _run(world, list(range(101)))
+    world = _world(WINDOW)
+    first = world.request(range(101))
     while first.num_computed < 101:
         world.step(first)
     world.step(first)
@@ -275,52 +129,120 @@ def test_a_gapped_request_holds_sinks_and_window_and_serves_a_hit() -> None:
     gap = [index for index, block in enumerate(blocks) if block.is_null]
     assert gap == list(range(2, (101 - 13 + 1) // BLOCK))
     world.stop(first, "finish")
-    again = _run(world, list(range(101)))
+    again = world.request(range(101))
     hit, num_hit, _ = world.manager.get_computed_blocks(again.request)
     assert num_hit == 100
     shown = [block.is_null for block in hit.blocks[0]]
     assert shown == [False] * 2 + [True] * (25 - 2 - 3) + [False] * 3  # 2 sinks, 12 tokens of tail
-    other = _run(world, list(range(60)) + [500] * 41)
+    other = world.request(list(range(60)) + [500] * 41)
     assert world.manager.get_computed_blocks(other.request)[1] == 60  # its tail is still there
 
 
 def test_without_sinks_or_tail_there_is_no_hit() -> None:
-    world = World((SinkWindowRetention(6, 13),), seed=1, num_blocks=200, caching=True)
-    first = _run(world, list(range(101)))
+    world = _world(WINDOW)
+    first = world.request(range(101))
     while first.num_computed < 101:
         world.step(first)
     (blocks,) = world.tables(first)
     sinks, tail = blocks[1].block_id, blocks[-3].block_id
     world.stop(first, "finish")
     pool = world.manager.block_pool
-    again = _run(world, list(range(101)))
+    again = world.request(range(101))
     pool.evict_blocks({tail})
     assert world.manager.get_computed_blocks(again.request)[1] == (len(blocks) - 3) * BLOCK
     pool.evict_blocks({sinks})
     assert world.manager.get_computed_blocks(again.request)[1] == BLOCK
 
 
+def test_a_shorter_prefix_of_an_elastic_span_needs_a_shorter_tail() -> None:
+    world = _world(ELASTIC)
+    first = world.request(range(101))
+    _decode(world, first, range(0))
+    (blocks,) = world.tables(first)
+    # The last chunk began at 96, whose span is 38 tokens.
+    assert [index for index, block in enumerate(blocks) if block.is_null] == list(range(1, 14))
+    world.stop(first, "finish")
+    again = world.request(range(101))
+    pool = world.manager.block_pool
+
+    def hit_without(*indices: int) -> tuple[int, int]:
+        """Length of the hit, tokens, and of its tail, blocks."""
+        for index in indices:
+            cached = pool.get_cached_block(again.request.block_hashes[index], [0])
+            assert cached is not None
+            pool.evict_blocks({cached[0].block_id})
+        hit, num_hit, _ = world.manager.get_computed_blocks(again.request)
+        return num_hit, sum(not block.is_null for block in hit.blocks[0]) - 1
+
+    assert hit_without() == (100, 10)  # 40 tokens of span at position 100
+    assert hit_without(24) == (96, 10)
+    assert hit_without(23, 13) == (92, 9)  # 36 tokens: block 13, freed long ago, is not needed
+    assert hit_without(14) == (52, 4)  # from here on freed blocks serve, those still there
+
+
+def _first_chunk(world: World, num_tokens: int) -> bool:
+    """Whether a request with this prompt is admitted."""
+    life = world.request(range(num_tokens))
+    count = min(num_tokens, world.scale.chunk)
+    return (
+        world.manager.allocate_slots(life.request, count, full_sequence_must_fit=True) is not None
+    )
+
+
 def test_admission_counts_what_is_really_held() -> None:
-    policy = SinkWindowRetention(6, 13)
-    spec = with_retention(FULL, policy)
-    assert isinstance(spec, SinkWindowSpec)
-    cap = spec.max_admission_blocks_per_request(CHUNK, MAX_LEN)
-    assert cap == 2 + -(-(12 + CHUNK) // BLOCK) + 1
-    world = World((policy,), seed=1, num_blocks=cap + 1, caching=True)
-    first = _run(world, list(range(101)))
-    assert world.manager.allocate_slots(first.request, CHUNK, full_sequence_must_fit=True)
-    world.manager.free(first.request)
-    small = World((policy,), seed=1, num_blocks=cap, caching=True)
-    second = _run(small, list(range(101)))
-    refused = small.manager.allocate_slots(second.request, CHUNK, full_sequence_must_fit=True)
-    assert refused is None
+    held = WINDOW.held_blocks(101, CHUNK, BLOCK)
+    assert held == 2 + -(-(12 + CHUNK) // BLOCK) + 1
+    assert _first_chunk(_world(WINDOW, num_blocks=held + 1), 101)
+    assert not _first_chunk(_world(WINDOW, num_blocks=held), 101)
+
+
+@pytest.mark.parametrize("num_tokens", [100, 400, 1499])
+def test_an_elastic_span_is_admitted_by_the_length_of_the_request(num_tokens: int) -> None:
+    scale = replace(FULL_SIZE, steps_in_flight=1)
+    held = GROWING.held_blocks(num_tokens, scale.chunk, scale.block)
+    assert held <= GROWING.held_blocks(scale.max_len, scale.chunk, scale.block)
+    assert _first_chunk(_world(GROWING, num_blocks=held + 1, scale=scale), num_tokens)
+    assert not _first_chunk(_world(GROWING, num_blocks=held, scale=scale), num_tokens)
+
+
+@pytest.mark.parametrize("policy", [WIDE, GROWING], ids=lambda policy: policy.identity)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_was_admitted_is_read_to_its_end_in_the_blocks_it_was_admitted_with(
+    policy: SpanRetention, steps: int
+) -> None:
+    """Five prompts in a pool that is exactly as large as admission says: none is ever refused."""
+    scale = replace(FULL_SIZE, steps_in_flight=steps)
+    prompts = [90, 511, 800, 1300, 1499]
+    held = [policy.held_blocks(prompt, scale.in_flight, scale.block) for prompt in prompts]
+    world = _world(policy, num_blocks=sum(held) + 1, scale=scale)
+    lives = [world.request([family] * prompt) for family, prompt in enumerate(prompts)]
+    while unread := [life for life in lives if life.num_computed < life.request.num_tokens]:
+        for life in unread:
+            assert world.schedule(life)
+        world.check()
+
+
+@pytest.mark.parametrize("policy", [WIDE, GROWING], ids=lambda policy: policy.identity)
+def test_a_pool_for_the_longest_request_serves_every_request_alone(policy: SpanRetention) -> None:
+    """Else it would wait for ever, or preempt itself; with a prefix hit as without one."""
+    scale = replace(FULL_SIZE, max_len=700)
+    held = policy.held_blocks(scale.max_len, scale.in_flight, scale.block)
+    world = _world(policy, num_blocks=held + 1, scale=scale)
+    for num_tokens in (1, 300, 699, 520, 699):
+        life = world.request([7] * num_tokens)
+        while life in world.lives and life.request.num_tokens < scale.max_len:
+            world.step(life)
+            world.check()
+        if life in world.lives:
+            world.stop(life, "abort")
+    assert world.events["hit"] >= 2
 
 
 @pytest.mark.parametrize(
     "policies",
     [
         pytest.param((KeepAll(False),), id="tidal"),
-        pytest.param((KeepAll(False), SinkWindowRetention(8, 12, False)), id="policy"),
+        pytest.param((KeepAll(False), SpanRetention(Span(8, 12), False)), id="policy"),
     ],
 )
 @pytest.mark.parametrize("is_session", [False, True], ids=["request", "session"])
@@ -328,31 +250,31 @@ def test_generated_blocks_stay_out_of_the_cache_where_decode_is_sparse(
     policies: tuple[RetentionPolicy, ...], is_session: bool
 ) -> None:
     """A generates after its prompt, B's prompt is both, C hits what they left."""
-    world = World(policies, seed=1, num_blocks=200, caching=True)
-    first = _run(world, list(range(41)))
+    world = _world(*policies)
+    first = world.request(range(41))
     _decode(world, first, range(41, 60))
     if is_session:
         world.go_on(first)
         _decode(world, first, range(0))
     answered = [*range(60), 900, 901]
     world.manager.free(first.request)
-    second = _run(world, answered)
+    second = world.request(answered)
     assert world.manager.get_computed_blocks(second.request)[1] == 40
     _decode(world, second, range(0))
     world.manager.free(second.request)
-    third = _run(world, [*answered, 902, 903])
+    third = world.request([*answered, 902, 903])
     hit, num_hit, _ = world.manager.get_computed_blocks(third.request)
     assert num_hit == 60
-    world._check_hit(hit.blocks)
+    world.check_hit(third, hit.blocks, num_hit)
 
 
 def test_generated_blocks_are_cached_where_decode_is_exact() -> None:
-    for policy in (KeepAll(), SinkWindowRetention(6, 13)):
-        world = World((policy,), seed=1, num_blocks=200, caching=True)
-        first = _run(world, list(range(41)))
+    for policy in (KeepAll(), WINDOW):
+        world = _world(policy)
+        first = world.request(range(41))
         _decode(world, first, range(41, 62))
         world.manager.free(first.request)
-        again = _run(world, [*range(60), 900, 901])
+        again = world.request([*range(60), 900, 901])
         assert world.manager.get_computed_blocks(again.request)[1] == 60
 
 
@@ -366,14 +288,12 @@ def _decode(world: World, life: Life, tokens: range) -> None:
         start = life.num_computed + num_hit
         count = min(request.num_tokens - start, CHUNK)
         assert manager.allocate_slots(request, count, num_hit, hit) is not None
-        life.is_running, hit, num_hit = True, None, 0
-        life.num_computed = request.num_computed_tokens = start + count
-        world._write(life, start)
+        hit, num_hit = None, 0
+        world.computed(life, start, count)
     for token in tokens:
         request.append_output_token_ids(token)
         assert manager.allocate_slots(request, 1) is not None
-        life.num_computed = request.num_computed_tokens = request.num_tokens
-        world._write(life, life.num_computed - 1)
+        world.computed(life, life.num_computed, 1)
 
 
 def test_what_is_held_is_shown_when_no_step_follows(
@@ -381,13 +301,13 @@ def test_what_is_held_is_shown_when_no_step_follows(
 ) -> None:
     monkeypatch.setenv(FOLDER_ENV, str(tmp_path))
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    world = World((SinkWindowRetention(6, 13),), seed=1, num_blocks=200, caching=True)
+    world = _world(WINDOW)
 
     def shown() -> list[float]:
         families = WorkerFigures(tmp_path).collect()
         return [s.value for f in families if f.name == HELD[0] for s in f.samples]
 
-    first = _run(world, list(range(50)))
+    first = world.request(range(50))
     _decode(world, first, range(0))
     world.manager.new_step_starts()
     assert shown() == [2 + 4]  # sinks, and what the last chunk of two tokens may see
@@ -396,9 +316,3 @@ def test_what_is_held_is_shown_when_no_step_follows(
     files = figure_files()
     assert files is not None
     files.close()
-
-
-def test_only_plain_full_attention_is_retained() -> None:
-    spec = with_retention(FULL, SinkWindowRetention(4, 8))
-    with pytest.raises(TypeError, match="SinkWindowSpec"):
-        with_retention(spec, SinkWindowRetention(4, 8))

@@ -19,7 +19,7 @@ from attn_backends.plan import LayerRole, LayerSchedule, StepPlan
 from attn_backends.policy.composition import compose, retention_of
 from attn_backends.policy.model import NO_POLICY, PolicyError
 from attn_backends.policy.reading import parse_policy
-from kvcache.retention import KeepAll, SinkWindowRetention
+from kvcache.retention import KeepAll, SpanRetention
 from kvcache.spans import Span
 from tests.batches import anchor_state, labels, step_rows
 
@@ -165,7 +165,7 @@ def test_roles_head_maps_windows_and_retention_follow_the_policy() -> None:
     assert composed.schedule.head_maps == {2: (1, 0)}
     assert composed.unmapped_layers == (5,)
     keep = KeepAll(caches_generated=False)
-    window = SinkWindowRetention(8, 64, caches_generated=False)
+    window = SpanRetention(Span(8, 64), caches_generated=False)
     assert retention_of(policy, (keep,) * 6) == (window, *(keep,) * 5)
 
 
