@@ -154,7 +154,9 @@ def parse_config(config_cls: type[C], raw: Mapping[str, Any], method_name: str) 
         )
     known = settings_of(config_cls)
     if POLICY_KEY in raw and not takes_policy(config_cls):
-        raise ConfigError(f"{method_name} takes no vllm_ext.policy; TIDAL_DECODE does")
+        raise ConfigError(
+            f"{method_name} takes no vllm_ext.policy; `vllm-ext methods` says which methods do"
+        )
     unknown = sorted(set(raw) - set(known) - {POLICY_KEY})
     if unknown:
         raise ConfigError(

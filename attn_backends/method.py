@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -93,6 +94,14 @@ class Capabilities:
     limits: str
 
 
+class Purpose(Enum):
+    """What a method is there for; commands choose by it what they run unless told otherwise."""
+
+    SERVING = "serving"  # costs fidelity, saves time or memory
+    CHECK = "check"  # answers as dense does, saves nothing
+    BOUND = "bound"  # how good a selection could be, saves nothing
+
+
 def _keep_all(config: MethodConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
     return (KeepAll(),) * geometry.num_layers
 
@@ -111,6 +120,9 @@ class SparseMethod:
         capabilities: what it reads and frees, and where it does not work.
         takes_row_options: whether a request may choose its budget, or dense.
         retention: ``(config, geometry) -> `` the policy of each layer; default: all is kept.
+        purpose: see ``Purpose``.
+        reach: settings in tokens that add up to what a decode row reads in a sparse layer, as far
+            as the config has them; evaluation varies the last.
     """
 
     name: str
@@ -122,3 +134,5 @@ class SparseMethod:
     capabilities: Capabilities
     takes_row_options: bool = False
     retention: Callable[..., tuple[RetentionPolicy, ...]] = _keep_all
+    purpose: Purpose = Purpose.SERVING
+    reach: tuple[str, ...] = ("budget_tokens",)

@@ -15,6 +15,7 @@ from weakref import WeakSet
 from attn_backends.batch import RowOptions
 from attn_backends.budget import PRESETS
 from attn_backends.method import SparseMethod
+from attn_backends.methods import methods_where
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -48,7 +49,7 @@ def parse_options(
     if not method.takes_row_options:
         raise ValueError(
             f"vllm_xargs has {', '.join(ours)}, but {method.name} takes no per-request options; "
-            "TIDAL_DECODE does"
+            f"methods that do: {', '.join(methods_where(lambda other: other.takes_row_options))}"
         )
     sparse = ours.get("sparse", "on")
     if not isinstance(sparse, str) or sparse not in ("on", "off", *presets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 
 from attn_backends.method import SparseMethod
@@ -26,3 +27,8 @@ def load_method(name: str) -> SparseMethod:
         raise KeyError(f"unknown method {name!r}; known: {', '.join(REGISTRY)}") from None
     method: SparseMethod = getattr(import_module(module_name), attribute)
     return method
+
+
+def methods_where(fits: Callable[[SparseMethod], bool]) -> list[str]:
+    """Names of the methods that something holds for, for default lists and messages."""
+    return [name for name in REGISTRY if fits(load_method(name))]

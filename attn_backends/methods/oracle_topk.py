@@ -8,7 +8,7 @@ what sharing a selection between layers costs. The first layers are dense as in 
 from __future__ import annotations
 
 from attn_backends.budget import BudgetConfig, BudgetSelector, prompts_cached
-from attn_backends.method import Capabilities, Geometry, SparseMethod
+from attn_backends.method import Capabilities, Geometry, Purpose, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 
 DENSE_LAYERS = 2
@@ -35,4 +35,5 @@ METHOD = SparseMethod(
     ),
     takes_row_options=True,
     retention=prompts_cached,
+    purpose=Purpose.BOUND,
 )

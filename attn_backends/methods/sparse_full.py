@@ -13,7 +13,7 @@ import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import MethodConfig
-from attn_backends.method import Capabilities, Geometry, SparseMethod
+from attn_backends.method import Capabilities, Geometry, Purpose, SparseMethod
 from attn_backends.plan import AnchorState, LayerRole, LayerSchedule
 from attn_backends.recall import RecallWatch
 from attn_backends.reselection import SelectionKeeper
@@ -78,4 +78,5 @@ METHOD = SparseMethod(
         frees="nothing",
         limits="saves nothing by design; must equal stock vLLM",
     ),
+    purpose=Purpose.CHECK,
 )

@@ -133,7 +133,7 @@ def test_a_policy_and_settings_beside_it_must_agree() -> None:
 
 
 def test_methods_without_policies_say_so() -> None:
-    with pytest.raises(ConfigError, match=r"SINK_WINDOW takes no vllm_ext\.policy; TIDAL"):
+    with pytest.raises(ConfigError, match=r"SINK_WINDOW takes no vllm_ext\.policy; `vllm-ext m"):
         parse_config(SinkWindowConfig, {"policy": {}}, "SINK_WINDOW")
 
 
