@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -77,6 +78,14 @@ class Capabilities:
     limits: str
 
 
+class Purpose(Enum):
+    """What a method is there for; commands choose by it what they run unless told otherwise."""
+
+    SERVING = "serving"  # costs fidelity, saves time or memory
+    CHECK = "check"  # answers as dense does, saves nothing
+    BOUND = "bound"  # how good a selection could be, saves nothing
+
+
 def _keep_all(config: MethodConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
     return (KeepAll(),) * geometry.num_layers
 
@@ -97,6 +106,9 @@ class SparseMethod:
         row_options: what a request may ask for itself, names under ``vllm_xargs``: ``sparse`` (on,
             off or a preset) and ``budget_tokens``.
         retention: ``(config, geometry) -> `` the policy of each layer; default: all is kept.
+        purpose: see ``Purpose``.
+        reach: settings in tokens that add up to what a decode row reads in a sparse layer, as far
+            as the config has them; evaluation varies the last.
     """
 
     name: str
@@ -108,3 +120,5 @@ class SparseMethod:
     capabilities: Capabilities
     row_options: frozenset[str] = frozenset()
     retention: Callable[..., tuple[RetentionPolicy, ...]] = _keep_all
+    purpose: Purpose = Purpose.SERVING
+    reach: tuple[str, ...] = ("budget_tokens",)

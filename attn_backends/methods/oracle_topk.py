@@ -8,7 +8,7 @@ what sharing a selection between layers costs. The first layers are dense as in 
 from __future__ import annotations
 
 from attn_backends.budget import ROW_OPTIONS, BudgetConfig, BudgetSelector, prompts_cached
-from attn_backends.method import Capabilities, Geometry, SparseMethod
+from attn_backends.method import Capabilities, Geometry, Purpose, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 
 DENSE_LAYERS = 2
@@ -35,4 +35,5 @@ METHOD = SparseMethod(
     ),
     row_options=ROW_OPTIONS,
     retention=prompts_cached,
+    purpose=Purpose.BOUND,
 )

@@ -105,4 +105,5 @@ METHOD = SparseMethod(
         limits="cannot recall what lies between sinks and window",
     ),
     retention=_retention,
+    reach=("sink_tokens", "window_tokens"),
 )

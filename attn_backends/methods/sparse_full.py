@@ -11,7 +11,7 @@ import torch
 
 from attn_backends.batch import BlockSelection
 from attn_backends.config import MethodConfig
-from attn_backends.method import Capabilities, Geometry, SparseMethod, StepRows
+from attn_backends.method import Capabilities, Geometry, Purpose, SparseMethod, StepRows
 from attn_backends.plan import LayerPlan, LayerRole, LayerSchedule, RowReason, Selected, StepPlan
 
 
@@ -65,4 +65,5 @@ METHOD = SparseMethod(
         frees="nothing",
         limits="saves nothing by design; must equal stock vLLM",
     ),
+    purpose=Purpose.CHECK,
 )

@@ -20,14 +20,11 @@ from deploy.loadtest.endpoint import require_loopback
 from deploy.loadtest.run import Arm, Plan, run
 from deploy.loadtest.server import check_arms, serve_words
 from deploy.loadtest.store import Store
-from vllm_ext.bench.decode import STOCK, machine
+from vllm_ext.bench.arms import serving_arms, timed_arms
+from vllm_ext.bench.decode import machine
 from vllm_ext.cli.flags import add_setting_flags, setting_fields
 from vllm_ext.errors import ConfigError, UserError
-from vllm_ext.methods import REGISTRY
 
-SMALL_ARMS = [STOCK, "TIDAL_DECODE", "SINK_WINDOW"]
-# The oracle reads everything to know the best choice: it is there for quality, not for speed.
-ALL_ARMS = [STOCK, *(name for name in REGISTRY if name != "ORACLE_TOPK")]
 _STARTED_S = time.monotonic()
 _GRID_DEFAULTS: dict[str, Any] = {
     "workloads": list(grid.WORKLOADS),
@@ -98,7 +95,7 @@ def _add_arm_flags(parser: argparse.ArgumentParser) -> None:
     running.add_argument("--tokenizer", help="folder or name (the served model's)")
     own = parser.add_argument_group("servers that it starts")
     own.add_argument("--start", action="store_true", help="start each arm on 127.0.0.1")
-    own.add_argument("--arms", type=_names, metavar="NAME,NAME", help=f"({','.join(ALL_ARMS)})")
+    own.add_argument("--arms", type=_names, metavar="NAME,NAME", help=f"({','.join(timed_arms())})")
     own.add_argument("--model", default="models/smollm2-135m-instruct", help="folder or name")
     own.add_argument("--port", type=int, default=8000, help="(8000)")
     own.add_argument(
@@ -158,7 +155,7 @@ def started_arms(args: argparse.Namespace, cells: list[grid.Cell]) -> list[Arm]:
     Raises:
         UserError: unknown names.
     """
-    names = args.arms or (SMALL_ARMS if args.small else ALL_ARMS)
+    names = args.arms or (serving_arms() if args.small else timed_arms())
     check_arms(names)
     settings = {key: value for key, value in vars(args).items() if key in setting_fields()}
     longest_tokens = max(cell.prompt_tokens + cell.output_tokens for cell in cells)

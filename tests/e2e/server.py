@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(model_path: str, log: Path, *flags: str) -> Iterator[Server]:
+def running_server(
+    model_path: str, log: Path, *flags: str, command: Sequence[str] = COMMAND
+) -> Iterator[Server]:
     """Starts a server with the key ``KEY`` on a free port, and stops it with its children."""
     port = free_port()
-    argv = [*COMMAND, "--max-num-seqs", "8", model_path, "--port", str(port), "--api-key", KEY]
+    argv = [*command, "--max-num-seqs", "8", model_path, "--port", str(port), "--api-key", KEY]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*argv, "--enforce-eager", *flags], stdout=output, stderr=output, env=environment()

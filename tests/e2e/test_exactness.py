@@ -6,49 +6,88 @@ tokens are the same; in bf16 the logits themselves tie.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
+from attn_backends.config import known_settings
+from attn_backends.method import Purpose
+from attn_backends.methods import REGISTRY, load_method
 from tests.e2e.engine import run_engine
+from vllm_ext.evaluation.run import settings_reaching
 
 pytestmark = pytest.mark.e2e
 
 NEW_TOKENS = 12
 SINK, WINDOW = 40, 200  # neither a multiple of the block size; most prompts exceed their sum
 LOGPROB_TOLERANCE = 2e-3  # fp32, 30 layers, another summation order; typical error 1e-5
-METHODS: dict[str, dict[str, Any]] = {  # settings, by the backend's name and a variant
-    "SPARSE_FULL": {},
-    "SINK_WINDOW": {"sink_tokens": SINK, "window_tokens": WINDOW},
-    # A budget of the whole context: anchors, selection and reuse must add up to dense.
-    "TIDAL_DECODE": {"budget_tokens": 3200, "min_context_tokens": 0},
-    "TIDAL_DECODE, full anchors": {
-        "budget_tokens": 3200,
-        "min_context_tokens": 0,
-        "anchor_attention": "full",
-    },
-    "TIDAL_DECODE, kept selections": {
-        "budget_tokens": 3200,
-        "min_context_tokens": 0,
-        "reselect_steps": 8,
-    },
+MAX_TOKENS = 3200
+Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method and what it must equal.
+
+    Attributes:
+        method: of the registry.
+        settings: ours.
+        visible: which tokens (columns) a query (row) sees, for transformers; None: all, and the
+            reference is stock vLLM.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    visible: Mask | None = None
+
+
+def _reading_everything(name: str, **settings: Any) -> Case | None:
+    """A reach of the whole context: selection, reuse and the rest must add up to dense."""
+    method = load_method(name)
+    given = known_settings(method.config_cls, {"min_context_tokens": 0}) | settings
+    reaching = settings_reaching(method, given, MAX_TOKENS)
+    if reaching is None and method.purpose is not Purpose.CHECK:
+        return None  # nothing that these tests could set makes it read everything
+    return Case(name, reaching or given)
+
+
+def _sees_sinks_and_window(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    return (column < SINK) | (column > row - WINDOW)
+
+
+CASES = {name: case for name in REGISTRY if (case := _reading_everything(name))} | {
+    "SINK_WINDOW": Case(
+        "SINK_WINDOW", {"sink_tokens": SINK, "window_tokens": WINDOW}, _sees_sinks_and_window
+    ),
+    "TIDAL_DECODE, full anchors": _reading_everything("TIDAL_DECODE", anchor_attention="full"),
+    "TIDAL_DECODE, kept selections": _reading_everything("TIDAL_DECODE", reselect_steps=8),
 }
+# An engine costs most of a minute: these two use every part that the others use.
+QUICK_CASES = ("SINK_WINDOW", "TIDAL_DECODE")
 
 
-def _engine(model_path: str, method: str | None, **options: Any) -> dict[str, Any]:
+def _cases(*names: str) -> list[Any]:
+    """Parameters, of which only ``QUICK_CASES`` are in the default suite."""
+    return [pytest.param(n, marks=() if n in QUICK_CASES else pytest.mark.slow) for n in names]
+
+
+def _engine(model_path: str, case: str | None, **options: Any) -> dict[str, Any]:
     engine = {
         "model": model_path,
         "dtype": "float32",
-        "max_model_len": 3200,
+        "max_model_len": MAX_TOKENS,
         "kv_cache_memory_bytes": 1200 << 20,
         "enforce_eager": True,
         **options,
     }
-    if method is not None:
+    if case is not None:
         engine |= {
-            "attention_backend": method.partition(",")[0],
-            "additional_config": {"vllm_ext": METHODS[method]},
+            "attention_backend": CASES[case].method,
+            "additional_config": {"vllm_ext": CASES[case].settings},
         }
     return engine
 
@@ -66,7 +105,7 @@ def stock(model_path: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
 
 
 def _masked_reference(
-    model_path: str, prompts: list[list[int]], answers: list[dict[str, Any]]
+    model_path: str, prompts: list[list[int]], answers: list[dict[str, Any]], sees: Mask
 ) -> list[tuple[list[int], list[float]]]:
     """Greedy token and its logprob at every generated position, by transformers.
 
@@ -83,7 +122,7 @@ def _masked_reference(
         ids = torch.tensor([prompt + answer["tokens"][:-1]])
         row = torch.arange(ids.shape[1])[:, None]
         column = torch.arange(ids.shape[1])[None, :]
-        visible = (column <= row) & ((column < SINK) | (column > row - WINDOW))
+        visible = (column <= row) & sees(row, column)
         mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask).logits[0, len(prompt) - 1 :]
@@ -92,26 +131,11 @@ def _masked_reference(
     return results
 
 
-# An engine costs most of a minute: those whose every part the others use are not in the default
-# suite.
-SLOW_METHODS = {
-    "SPARSE_FULL",
-    "TIDAL_DECODE, full anchors",
-    "TIDAL_DECODE, kept selections",
-}
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(method, marks=pytest.mark.slow if method in SLOW_METHODS else ())
-        for method in METHODS
-    ],
-)
+@pytest.fixture(scope="module", params=_cases(*CASES))
 def served(
     request: pytest.FixtureRequest, model_path: str, prompts: list[list[int]]
 ) -> tuple[str, dict[str, Any]]:
-    """A method's answers: alone, together, and again with everything in the prefix cache."""
+    """A case's answers: alone, together, and again with everything in the prefix cache."""
     alone = {"prompts": prompts, "together": False, "max_tokens": NEW_TOKENS}
     together = alone | {"together": True}
     answer = run_engine(_engine(model_path, request.param), [alone, together])
@@ -124,18 +148,18 @@ def test_alone_equals_the_reference(
     model_path: str,
     prompts: list[list[int]],
 ) -> None:
-    method, answer = served
-    alone = answer["jobs"][0]
-    if method != "SINK_WINDOW":
+    case, answer = served
+    alone, sees = answer["jobs"][0], CASES[case].visible
+    if sees is None:
         assert _tokens(alone) == _tokens(stock)
         expected = [reference["logprobs"] for reference in stock]
     else:
-        reference = _masked_reference(model_path, prompts, alone)
+        reference = _masked_reference(model_path, prompts, alone, sees)
         assert _tokens(alone) == [tokens for tokens, _ in reference]
         expected = [logprobs for _, logprobs in reference]
         pairs = zip(alone, stock, strict=True)
         changed = sum(abs(a["logprobs"][0] - b["logprobs"][0]) > 0.01 for a, b in pairs)
-        assert changed >= 5, "the window changed almost nothing: is the mask in force?"
+        assert changed >= 5, "the mask changed almost nothing: is it in force?"
     for got, want in zip(alone, expected, strict=True):
         assert got["logprobs"] == pytest.approx(want, abs=LOGPROB_TOLERANCE)
 
@@ -149,28 +173,25 @@ def test_together_and_prefix_cached_equals_alone(served: tuple[str, dict[str, An
 def test_every_decode_row_was_sparse(
     served: tuple[str, dict[str, Any]], prompts: list[list[int]]
 ) -> None:
-    method, answer = served
+    case, answer = served
     assert {key.split("|")[1] for key in answer["rows"]} == {"sparse"}
     # The first token of an answer comes from prefill, of a prefix-cached prompt too.
     assert sum(answer["rows"].values()) == 2 * len(prompts) * (NEW_TOKENS - 1)
-    assert all(key.startswith(method.partition(",")[0]) for key in answer["rows"])
+    assert {key.split("|")[0] for key in answer["rows"]} == {CASES[case].method}
 
 
 SCHEDULING: dict[str, dict[str, Any]] = {
     "chunks-of-64": {"max_num_batched_tokens": 64, "max_num_seqs": 16},
     "blocks-of-128-uncached": {"enable_prefix_caching": False, "block_size": 128},
 }
-DEFAULT_CASES = {("TIDAL_DECODE", "chunks-of-64")}
+QUICK_SCHEDULING = ("TIDAL_DECODE", "chunks-of-64")
 
 
 @pytest.mark.parametrize(
-    ("served", "case"),
+    ("served", "scheduling"),
     [
-        pytest.param(
-            method, case, marks=() if (method, case) in DEFAULT_CASES else pytest.mark.slow
-        )
-        for method in METHODS
-        for case in SCHEDULING
+        pytest.param(*pair, marks=() if pair == QUICK_SCHEDULING else pytest.mark.slow)
+        for pair in itertools.product(CASES, SCHEDULING)
     ],
     indirect=["served"],
 )
@@ -178,25 +199,25 @@ def test_scheduling_does_not_change_answers(
     served: tuple[str, dict[str, Any]],
     model_path: str,
     prompts: list[list[int]],
-    case: str,
+    scheduling: str,
 ) -> None:
-    method, answer = served
+    case, answer = served
     # The longest first: decode rows then run beside chunks of long prefills.
     job = {"prompts": prompts[::-1], "together": True, "max_tokens": NEW_TOKENS}
-    other = run_engine(_engine(model_path, method, **SCHEDULING[case]), [job])
+    other = run_engine(_engine(model_path, case, **SCHEDULING[scheduling]), [job])
     assert _tokens(other["jobs"][0])[::-1] == _tokens(answer["jobs"][0])
 
 
 @pytest.mark.parametrize(
-    "method",
+    "case",
     [
-        "SINK_WINDOW",
-        pytest.param("SPARSE_FULL", marks=pytest.mark.slow),
-        pytest.param("TIDAL_DECODE", marks=pytest.mark.slow),
+        pytest.param(name, marks=() if name == "SINK_WINDOW" else pytest.mark.slow)
+        for name in CASES
+        if name in REGISTRY
     ],
 )
 def test_preemption_does_not_change_answers(
-    model_path: str, prompts: list[list[int]], method: str
+    model_path: str, prompts: list[list[int]], case: str
 ) -> None:
     """Four prompts of 25 full blocks in a pool of 103: the first decoded token needs 104."""
     starts = (0, 700, 1400, 2100)
@@ -205,11 +226,11 @@ def test_preemption_does_not_change_answers(
         "together": False,
         "max_tokens": NEW_TOKENS,
     }
-    engine = _engine(model_path, method, num_gpu_blocks_override=104)
-    if method == "SINK_WINDOW":
-        # Evicting, it holds too little to be preempted here: test_retention.py forces that.
-        settings = METHODS[method] | {"retention": "keep_all"}
-        engine["additional_config"] = {"vllm_ext": settings}
+    engine = _engine(model_path, case, num_gpu_blocks_override=104)
+    # Evicting, a method holds too little to be preempted here: test_retention.py forces that.
+    config_cls = load_method(CASES[case].method).config_cls
+    kept = known_settings(config_cls, {"retention": "keep_all"})
+    engine["additional_config"] = {"vllm_ext": CASES[case].settings | kept}
     answer = run_engine(engine, [alone, alone | {"together": True}])
     first, second = (_tokens(job) for job in answer["jobs"])
     assert answer["preemptions"] > 0

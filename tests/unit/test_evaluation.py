@@ -12,8 +12,8 @@ import numpy
 import pytest
 import torch
 
-from attn_backends.config import ConfigError
-from attn_backends.methods import load_method
+from attn_backends.config import ConfigError, settings_of
+from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.bench.decode import machine
 from vllm_ext.cli import eval as eval_command
 from vllm_ext.errors import UserError
@@ -90,6 +90,18 @@ def test_a_budget_that_requests_cannot_choose_is_an_engine_of_its_own(
         ("FIXED@512", {"sink_tokens": 16, "budget_tokens": 512}, None),
         ("SPARSE_FULL", {}, None),
     ]
+
+
+def test_a_budget_among_the_settings_is_no_reason_to_leave_columns_out() -> None:
+    columns = make_columns(["TIDAL_DECODE"], [256, 512], {"budget_tokens": 256})
+    assert [column.name for column in columns[1:]] == ["TIDAL_DECODE@256", "TIDAL_DECODE@512"]
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_reach_that_a_method_names_is_made_of_its_settings(name: str) -> None:
+    method = load_method(name)
+    default = next(f.default for f in dataclasses.fields(method) if f.name == "reach")
+    assert method.reach == default or {*method.reach} <= {*settings_of(method.config_cls)}
 
 
 def test_what_a_method_refuses_is_said_before_any_engine_starts() -> None:

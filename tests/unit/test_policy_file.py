@@ -181,6 +181,6 @@ def test_the_example_fits_the_demo_model() -> None:
     base = load_profile(SHIPPED / "smollm2-135m-instruct.json").schedule()
     composed = compose(config.policy, base, 32, 3)
     assert composed.unmapped_layers == ()
-    assert set(composed.schedule.windows) == set(range(24, 30))
+    assert set(composed.schedule.spans) == set(range(24, 30))
     kept = {layer: heads for layer, heads in base.head_maps.items() if layer < 24}
     assert composed.schedule.head_maps == kept

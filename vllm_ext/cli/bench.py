@@ -14,6 +14,7 @@ from attn_backends.config import settings_of
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.profile import read_model_config
 from vllm_ext.bench import capacity, decode, kernel, kernel_report, workloads
+from vllm_ext.bench.arms import overhead_arms
 from vllm_ext.bench.cases import OPS
 from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, parse_setting, setting_fields
 from vllm_ext.errors import UserError
@@ -56,7 +57,7 @@ def _add_decode_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile, all arms")
     parser.add_argument(
         "--arms",
-        default=f"{decode.STOCK},{decode.INSTALLED},SPARSE_FULL",
+        default=",".join(overhead_arms()),
         help="comma-separated; stock (extension off), installed (no method chosen) or a "
         f"method: {', '.join(REGISTRY)}, alone or with settings of its own, "
         f"{_EXAMPLE_ARM}. Ratios are to the first",
@@ -125,7 +126,7 @@ def main(argv: list[str]) -> int:
 
 
 def _decode(args: argparse.Namespace) -> int:
-    arms = [_arm(text) for text in _names(args.arms)]
+    arms = [parse_arm(text) for text in _names(args.arms)]
     if len({arm.name for arm in arms}) < len(arms):
         raise UserError(f"--arms: {args.arms} names an arm twice")
     if not Path(args.model, "config.json").is_file():
@@ -145,7 +146,7 @@ def _decode(args: argparse.Namespace) -> int:
     return 0
 
 
-def _arm(text: str) -> decode.Arm:
+def parse_arm(text: str) -> decode.Arm:
     """An arm from ``ENGINE`` or ``METHOD:setting=value:...``, such as ``_EXAMPLE_ARM``.
 
     Raises:

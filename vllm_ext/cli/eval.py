@@ -10,7 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from attn_backends.methods import REGISTRY
+from attn_backends.method import Purpose
+from attn_backends.methods import REGISTRY, methods_where
 from attn_backends.profile import read_model_config
 from vllm_ext.bench.decode import machine
 from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, setting_fields
@@ -31,13 +32,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-ext eval",
         description="Needles and natural text, every method at every budget against dense. The "
-        "full run takes about half an hour on two cores; --methods TIDAL_DECODE a third of it.",
+        "full run takes about half an hour on two cores; of --methods one a third of it.",
     )
     parser.add_argument("model", help="model folder")
     parser.add_argument(
         "--methods",
-        default="TIDAL_DECODE,ORACLE_TOPK,SINK_WINDOW",
-        help=f"comma-separated, of {', '.join(REGISTRY)}",
+        default=",".join(methods_where(lambda method: method.purpose is not Purpose.CHECK)),
+        help=f"comma-separated, of {', '.join(REGISTRY)} (%(default)s)",
     )
     parser.add_argument(
         "--budgets", type=_numbers, default=[256, 512, 1024], help="tokens (256,512,1024)"

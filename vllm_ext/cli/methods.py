@@ -6,7 +6,8 @@ import argparse
 import textwrap
 from pathlib import Path
 
-from attn_backends.config import read_text, settings_of
+from attn_backends.config import read_text, settings_of, takes_policy
+from attn_backends.method import SparseMethod
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.errors import UserError
 
@@ -20,6 +21,15 @@ def settings_text(name: str) -> str:
     return ", ".join(f"{name}={field.default}" for name, field in settings.items())
 
 
+def taken_text(method: SparseMethod) -> str:
+    """What a method takes besides settings."""
+    taken = {
+        "a policy (--sparse-config)": takes_policy(method.config_cls),
+        "options of single requests (vllm_xargs)": bool(method.row_options),
+    }
+    return " and ".join(what for what, is_taken in taken.items() if is_taken) or "nothing"
+
+
 def table() -> str:
     """All methods: what each reads, frees and cannot do."""
     lines = []
@@ -31,6 +41,7 @@ def table() -> str:
             "frees": method.capabilities.frees,
             "limits": method.capabilities.limits,
             "settings": settings_text(name),
+            "also takes": taken_text(method),
             "source": method.paper,
         }
         for label, text in rows.items():

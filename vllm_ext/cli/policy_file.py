@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from attn_backends.config import ConfigError, read_text, takes_policy
-from attn_backends.methods import REGISTRY, load_method
+from attn_backends.methods import methods_where
 from attn_backends.policy import model
 from vllm_ext.cli.flags import POLICY_FLAG
 from vllm_ext.errors import UserError
@@ -95,7 +95,7 @@ def read_policy(argument: str) -> PolicyFile:
 
 def methods_with_policy() -> list[str]:
     """The methods that a policy can compose."""
-    return [name for name in REGISTRY if takes_policy(load_method(name).config_cls)]
+    return methods_where(lambda method: takes_policy(method.config_cls))
 
 
 def require_method(backend: str) -> None:

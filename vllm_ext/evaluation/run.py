@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from attn_backends.config import known_settings, parse_config
+from attn_backends.config import known_settings, parse_config, settings_of
+from attn_backends.method import SparseMethod
 from attn_backends.methods import load_method
 from vllm_ext.engine_process import EngineProcess
 from vllm_ext.errors import UserError
@@ -44,8 +45,8 @@ def make_columns(methods: list[str], budgets: list[int], settings: dict[str, Any
     """Dense first, then every method at every budget.
 
     Methods that let a request choose its budget need one engine for all; the others, whose
-    reach is fixed at start, one for each; those without a reach have one column. Settings that a
-    method does not know are not given to it.
+    reach is fixed at start, one for each; those without a reach (``SparseMethod.reach``) have one
+    column. Settings that a method does not know are not given to it.
 
     Raises:
         ConfigError: settings or a budget that a method refuses.
@@ -54,26 +55,45 @@ def make_columns(methods: list[str], budgets: list[int], settings: dict[str, Any
     for name in methods:
         method = load_method(name)
         own = known_settings(method.config_cls, settings)
-        defaults = {field.name: field.default for field in fields(method.config_cls)}
         for budget in budgets:
+            reaching = settings_reaching(method, own, budget)
+            if reaching is None:
+                columns.append(Column(name, name, own, None))
+                break
             title = f"{name}@{budget}"
             if "budget_tokens" in method.row_options:
                 columns.append(Column(title, name, own, {"budget_tokens": budget}))
-            elif "budget_tokens" in defaults:
-                columns.append(Column(title, name, own | {"budget_tokens": budget}, None))
-            elif "window_tokens" in defaults:
-                sinks = int(own.get("sink_tokens", defaults["sink_tokens"]))
-                reach = own | {"sink_tokens": sinks, "window_tokens": max(1, budget - sinks)}
-                columns.append(Column(title, name, reach, None))
             else:
-                columns.append(Column(name, name, own, None))
-                break
+                columns.append(Column(title, name, reaching, None))
     for column in columns:  # before the first engine starts
         parse_config(load_method(column.method).config_cls, column.settings, column.method)
     elastic = next((c for c in columns if "sparse" in load_method(c.method).row_options), None)
     if elastic is None:
         return [Column(DENSE, "SPARSE_FULL", {}, None), *columns]
     return [Column(DENSE, elastic.method, elastic.settings, {"sparse": "off"}), *columns]
+
+
+def settings_reaching(
+    method: SparseMethod, settings: dict[str, Any], budget_tokens: int
+) -> dict[str, Any] | None:
+    """Settings with which a decode row reads that many tokens in a sparse layer.
+
+    Args:
+        method: its ``reach`` says which setting gives way.
+        settings: given beside the budget.
+        budget_tokens: to be read.
+
+    Returns:
+        None for a method without a reach.
+    """
+    options = settings_of(method.config_cls)
+    defaults: dict[str, Any] = {name: option.default for name, option in options.items()}
+    reach = [name for name in method.reach if name in defaults]
+    if not reach:
+        return None
+    *fixed, varied = reach
+    rest_tokens = sum((defaults | settings)[name] for name in fixed)
+    return settings | {varied: max(1, budget_tokens - rest_tokens)}
 
 
 @dataclass(frozen=True)
