@@ -11,6 +11,7 @@ import torch
 from attn_backends.batch import BlockSelection, PagedBatch, RowOptions, SpanRule
 from attn_backends.config import MethodConfig
 from attn_backends.plan import AnchorState, LayerSchedule
+from attn_backends.profile import ProfileSection
 from attn_backends.recall import RecallWatch
 from attn_backends.reselection import SelectionKeeper
 from kvcache.retention import KeepAll, RetentionPolicy
@@ -112,6 +113,7 @@ class SparseMethod:
         row_options: what a request may ask for itself, names under ``vllm_xargs``: ``sparse`` (on,
             off or a preset) and ``budget_tokens``.
         retention: ``(config, geometry) -> `` the policy of each layer; default: all is kept.
+        profile_section: what the method reads of a profile; None: it reads none.
     """
 
     name: str
@@ -123,3 +125,4 @@ class SparseMethod:
     capabilities: Capabilities
     row_options: frozenset[str] = frozenset()
     retention: Callable[..., tuple[RetentionPolicy, ...]] = _keep_all
+    profile_section: type[ProfileSection] | None = None

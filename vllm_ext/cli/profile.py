@@ -17,8 +17,18 @@ from tqdm import tqdm
 from attn_backends.budget import BudgetConfig
 from attn_backends.config import read_text
 from attn_backends.findings import Findings
+from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
+from attn_backends.methods.sink_window import WindowSection
+from attn_backends.methods.tidal_decode import METHOD as TIDAL_DECODE
+from attn_backends.methods.tidal_decode import AnchorSection
 from attn_backends.plan import LayerSchedule
-from attn_backends.profile import Profile, fingerprint, load_profile, read_model_config
+from attn_backends.profile import (
+    SCHEMA_VERSION,
+    Profile,
+    fingerprint,
+    load_profile,
+    read_model_config,
+)
 from vllm_ext.calibration import report, search
 from vllm_ext.calibration.data import Sizes, make_examples
 from vllm_ext.calibration.layer_similarity import least_important
@@ -221,7 +231,8 @@ def check(args: Any) -> Iterator[tuple[Path, Verdict]]:
         profile = load_profile(path)
         if profile.fingerprint != fingerprint(Path(args.model)):
             raise UserError(f"{path} was made for another checkpoint ({profile.model})")
-        schedules[path] = profile.schedule()
+        section = profile.section(TIDAL_DECODE.name, AnchorSection)
+        schedules[path] = section.schedule(profile.num_layers)
     bench = Bench(args)
     recordings = bench.record(args.seed, args.examples, "prompts")
     for path, schedule in schedules.items():
@@ -267,14 +278,7 @@ def calibrate(args: Any, state: State) -> tuple[Profile, torch.Tensor]:
         bench.probe.budget = probed_budget(budget_tokens, args.block_size)
         by_budget[budget_tokens] = bench.verify(schedule, held_out)
         print(verdict_line(f"held out, {budget_tokens} tokens", by_budget[budget_tokens]))
-    profile = _profile(args, schedule, verdicts, by_budget)
-    fields: dict[str, Any] = {"findings": found}
-    if args.window_instead:  # every other layer keeps all, or SINK_WINDOW would window it too
-        fields["window_layers"] = least
-        fields["full_layers"] = [i for i in range(profile.num_layers) if i not in least]
-    else:
-        fields["drop_layers"] = least
-    return Profile(**(dict(profile) | fields)), costs
+    return _profile(args, schedule, least, found, _figures(args, verdicts, by_budget)), costs
 
 
 def _least_important(args: Any, anchors: tuple[int, ...], found: Findings) -> list[int]:
@@ -288,24 +292,34 @@ def _least_important(args: Any, anchors: tuple[int, ...], found: Findings) -> li
     return least
 
 
-def _profile(
-    args: Any, schedule: LayerSchedule, verdicts: list[Verdict], by_budget: dict[int, Verdict]
-) -> Profile:
-    config = read_model_config(Path(args.model))
+def _figures(args: Any, verdicts: list[Verdict], by_budget: dict[int, Verdict]) -> dict[str, Any]:
     settings = ("budget_tokens", "block_size", "context_tokens", "examples", "seed")
     ranked = sorted(verdicts, key=lambda v: v.loss)[:10]
-    return Profile(
-        schema_version=1,
+    return {name: getattr(args, name) for name in settings} | {
+        "held_out": {str(budget): asdict(v) for budget, v in by_budget.items()},
+        "verdicts": [asdict(verdict) for verdict in ranked],
+    }
+
+
+def _profile(
+    args: Any, schedule: LayerSchedule, least: list[int], found: Findings, figures: dict[str, Any]
+) -> Profile:
+    """A section for TIDAL_DECODE; with --drop one for SINK_WINDOW, which drops those layers, too,
+    or gives them the window.
+    """
+    config, num_layers = read_model_config(Path(args.model)), len(schedule.roles)
+    profile = Profile(
+        schema_version=SCHEMA_VERSION,
         fingerprint=fingerprint(Path(args.model)),
         model=Path(args.model).name,
-        num_layers=len(schedule.roles),
+        num_layers=num_layers,
         num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        dense_layers=list(range(DENSE_LAYERS)),
-        anchor_layers=list(ranked[0].anchors),
-        head_maps={layer: list(heads) for layer, heads in schedule.head_maps.items()},
-        calibration={name: getattr(args, name) for name in settings}
-        | {
-            "held_out": {str(budget): asdict(v) for budget, v in by_budget.items()},
-            "verdicts": [asdict(verdict) for verdict in ranked],
-        },
-    )
+        findings=found,
+        calibration=figures,
+    ).with_section(TIDAL_DECODE.name, AnchorSection.of(schedule))
+    if not least:
+        return profile
+    if not args.window_instead:
+        return profile.with_section(SINK_WINDOW.name, WindowSection(drop_layers=least))
+    full = [layer for layer in range(num_layers) if layer not in least]
+    return profile.with_section(SINK_WINDOW.name, WindowSection(full_layers=full))
