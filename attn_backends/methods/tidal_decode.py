@@ -192,7 +192,7 @@ class TidalSelector(BudgetSelector):
         self._leaves_out = bool(
             {LayerRole.REUSE, LayerRole.SELF} & {*_schedule(config, geometry).roles}
         )
-        reaches = (window.reach_tokens for window in config.policy.windows)
+        reaches = (span.sink_tokens + span.floor_tokens for span in config.policy.spans)
         self._least_reach_tokens = min(reaches, default=None)
         if config.reselect_steps > 1:
             self.keeper = SelectionKeeper(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attn_backends.config import block_problem
-from attn_backends.plan import LayerRole, LayerSchedule
+from attn_backends.plan import LayerRole, LayerSchedule, Window
 from attn_backends.policy.model import Policy, PolicyError
 from kvcache.retention import RetentionPolicy, SinkWindowRetention
 
@@ -43,9 +43,9 @@ def compose(policy: Policy, base: LayerSchedule, block_size: int) -> Composition
     )
     _require_anchors(owners, base.roles, roles)
     for index, rule in enumerate(policy.layers):
-        if rule.window is None:
+        if rule.span is None:
             continue
-        if problem := block_problem(rule.window.window_tokens, block_size):
+        if problem := block_problem(rule.span.floor_tokens, block_size):
             raise PolicyError(("layers", index, "window_tokens"), problem)
     before, after = _anchors(base.roles), _anchors(roles)
     reusing = [layer for layer, role in enumerate(roles) if role is LayerRole.REUSE]
@@ -54,7 +54,11 @@ def compose(policy: Policy, base: LayerSchedule, block_size: int) -> Composition
         for layer in reusing
         if base.roles[layer] is LayerRole.REUSE and before[layer] == after[layer]
     ]
-    windows = {layer: rule.window for layer, rule in rules.items() if rule.window is not None}
+    windows = {
+        layer: Window(rule.span.sink_tokens, rule.span.floor_tokens)
+        for layer, rule in rules.items()
+        if rule.span is not None
+    }
     head_maps = {
         layer: base.head_maps[layer] for layer in follows_as_before if layer in base.head_maps
     }
@@ -76,12 +80,11 @@ def retention_of(policy: Policy, base: tuple[RetentionPolicy, ...]) -> tuple[Ret
     retained = list(base)
     for layer, index in owners.items():
         rule = policy.layers[index]
-        if rule.frees and rule.window is not None:
+        if rule.frees and rule.span is not None:
             # What a window layer writes for a generated token comes from hidden states that the
             # sparse layers before it made: it serves other prompts no more than theirs does.
-            window = rule.window
             retained[layer] = SinkWindowRetention(
-                window.sink_tokens, window.window_tokens, base[layer].caches_generated
+                rule.span.sink_tokens, rule.span.floor_tokens, base[layer].caches_generated
             )
     return tuple(retained)
 
