@@ -12,6 +12,7 @@ import torch
 from attn_backends.batch import RowOptions
 from attn_backends.config import MethodConfig
 from attn_backends.plan import LayerSchedule, StepPlan
+from attn_backends.profile import ProfileSection
 from kvcache.retention import KeepAll, RetentionPolicy
 
 
@@ -109,6 +110,7 @@ class SparseMethod:
         purpose: see ``Purpose``.
         reach: settings in tokens that add up to what a decode row reads in a sparse layer, as far
             as the config has them; evaluation varies the last.
+        profile_section: what the method reads of a profile; None: it reads none.
     """
 
     name: str
@@ -122,3 +124,4 @@ class SparseMethod:
     retention: Callable[..., tuple[RetentionPolicy, ...]] = _keep_all
     purpose: Purpose = Purpose.SERVING
     reach: tuple[str, ...] = ("budget_tokens",)
+    profile_section: type[ProfileSection] | None = None

@@ -47,14 +47,6 @@ CHOOSING_ROLES = frozenset({LayerRole.ANCHOR, LayerRole.SELF})
 
 
 @dataclass(frozen=True)
-class Window:
-    """A policy's window."""
-
-    sink_tokens: int
-    window_tokens: int
-
-
-@dataclass(frozen=True)
 class LayerSchedule:
     """One role per attention layer, by layer index.
 

@@ -1,29 +1,39 @@
 """Calibration profiles: one validated JSON file per checkpoint.
 
-A profile says which layers attend densely, which are anchors, which anchor head each KV head of
-the other layers follows, and which layers are dropped. ``vllm-ext profile`` writes it; profiles
-that this package ships lie in ``attn_backends/profiles/`` and are found by the model's
-fingerprint.
+A profile is a header, which says what checkpoint it is of, and a section for each method that was
+calibrated: which layers it serves how. Larger data lies in files beside it, which the header names
+with their SHA-256. ``vllm-ext profile`` writes profiles; those that this package ships lie in
+``attn_backends/profiles/`` and are found by the model's fingerprint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Collection, Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import from_json
 
-from attn_backends.config import ConfigError, read_text
+from attn_backends.config import ConfigError, read_bytes, read_text
 from attn_backends.findings import Findings
-from attn_backends.plan import LayerRole, LayerSchedule
 
+SCHEMA_VERSION = 2
 MAX_PROFILE_BYTES = 4 << 20
+MAX_FILE_BYTES = 64 << 20  # of a file beside a profile
 SHIPPED = Path(__file__).with_name("profiles")
 _SAMPLE_BYTES = 1 << 18
-_ROLE_FIELDS = ("dense_layers", "anchor_layers", "drop_layers", "window_layers")
 _SHAPE_KEYS = (
     "architectures",
     "hidden_size",
@@ -32,85 +42,150 @@ _SHAPE_KEYS = (
     "num_key_value_heads",
     "vocab_size",
 )
+_SECTIONS_OF_VERSION_1 = {
+    "TIDAL_DECODE": ("dense_layers", "anchor_layers", "head_maps", "drop_layers"),
+    "SINK_WINDOW": ("full_layers", "drop_layers"),
+}
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+MethodName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
+# Formats that run nothing when they are read.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.(json|safetensors)$")]
 
 
-class Profile(BaseModel):
-    """The file's content; layers and heads are 0-based."""
+class ProfileSection(BaseModel):
+    """What a profile says to one method; each method that reads profiles has its own kind.
+
+    Layers and heads are 0-based.
+
+    Attributes:
+        made_by: the command that calibrates it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: int = Field(ge=1, le=1)
-    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    made_by: ClassVar[str] = "vllm-ext profile MODEL --output FILE"
+
+    def require_shape(self, num_layers: int, num_kv_heads: int) -> None:
+        """Refuses what a model of this shape does not have, or cannot be given at once.
+
+        Raises:
+            ValueError: names the field.
+        """
+
+
+Section = TypeVar("Section", bound=ProfileSection)
+
+
+def require_placed(placed: Mapping[str, Collection[int]], num_layers: int) -> None:
+    """Checks the lists by which a section gives layers their roles.
+
+    Args:
+        placed: layers by the name of the list.
+        num_layers: of the model.
+
+    Raises:
+        ValueError: a layer that does not exist or is in two lists, or ``drop_layers`` has all.
+    """
+    for field, layers in placed.items():
+        wrong = [layer for layer in layers if not 0 <= layer < num_layers]
+        if wrong:
+            raise ValueError(f"{field} has {wrong[:5]}; layers are 0 to {num_layers - 1}")
+    for one, other in combinations(placed, 2):
+        both = sorted({*placed[one]} & {*placed[other]})
+        if both:
+            raise ValueError(f"layers {both} cannot be both in {one} and in {other}")
+    if len({*placed.get("drop_layers", ())}) == num_layers:
+        raise ValueError("drop_layers has every layer; keep at least one")
+
+
+class Profile(BaseModel):
+    """The file's content.
+
+    Attributes:
+        methods: a section for each method, by its name; checked when it is asked for
+            (``section``), since this module knows no method.
+        files: of the profile's folder, which sections may ask for (``read_file``): SHA-256 by name.
+        findings: measured, not used by the engine.
+        calibration: how it was made, for people.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = Field(ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
+    fingerprint: Sha256
     model: str = Field(max_length=200)
     num_layers: int = Field(ge=1, le=1024)
     num_kv_heads: int = Field(ge=1, le=1024)
-    dense_layers: list[int]
-    anchor_layers: list[int]
-    head_maps: dict[int, list[int]]
-    full_layers: list[int] = Field(default_factory=list)  # of SINK_WINDOW: keep and read all
-    drop_layers: list[int] = Field(default_factory=list)  # no attention, no KV cache (LLM-Drop)
-    window_layers: list[int] = Field(default_factory=list)  # a window instead of dropping them
-    findings: Findings | None = None  # measured, not used by the engine
+    methods: dict[MethodName, dict[str, Any]] = Field(default_factory=dict)
+    files: dict[FileName, Sha256] = Field(default_factory=dict, max_length=64)
+    findings: Findings | None = None
     calibration: dict[str, Any]
+    _path: Path | None = PrivateAttr(None)  # where it was read
 
     @model_validator(mode="after")
-    def _layers_and_heads_exist(self) -> Profile:
-        for field in (*_ROLE_FIELDS, "full_layers"):
-            wrong = [layer for layer in getattr(self, field) if not 0 <= layer < self.num_layers]
-            if wrong:
-                raise ValueError(f"{field} has {wrong}; layers are 0 to {self.num_layers - 1}")
-        self._require_one_role_each()
-        first_anchor = min(self.anchor_layers, default=self.num_layers)
-        placed = {*self.dense_layers, *self.drop_layers, *self.window_layers}
-        uncovered = [layer for layer in range(first_anchor) if layer not in placed]
-        if uncovered:
-            raise ValueError(f"layers {uncovered} come before the first anchor and are not dense")
-        for layer, heads in self.head_maps.items():
-            if not 0 <= layer < self.num_layers:
-                raise ValueError(f"head_maps has layer {layer} of {self.num_layers}")
-            if len(heads) != self.num_kv_heads or not all(
-                0 <= head < self.num_kv_heads for head in heads
-            ):
-                raise ValueError(
-                    f"head_maps[{layer}] is {heads}; it needs {self.num_kv_heads} heads "
-                    f"between 0 and {self.num_kv_heads - 1}"
-                )
+    def _findings_fit(self) -> Profile:
         if self.findings is not None:
             self.findings.require_shape(self.num_layers, self.num_kv_heads)
         return self
 
-    def _require_one_role_each(self) -> None:
-        pairs = [*combinations(_ROLE_FIELDS, 2)]
-        pairs += [("full_layers", field) for field in ("drop_layers", "window_layers")]
-        for one, other in pairs:
-            both = sorted(set(getattr(self, one)) & set(getattr(self, other)))
-            if both:
-                raise ValueError(f"layers {both} cannot be both in {one} and in {other}")
-        if len(set(self.drop_layers)) == self.num_layers:
-            raise ValueError("drop_layers has every layer; keep at least one")
+    def section(self, method: str, section_cls: type[Section]) -> Section:
+        """What the profile says to a method.
 
-    def schedule(self) -> LayerSchedule:
-        """Roles and head maps of the layers, for methods with anchors.
+        Args:
+            method: its name.
+            section_cls: its kind of section.
 
         Raises:
-            ConfigError: the profile has ``window_layers``.
+            ConfigError: there is nothing for this method, or nothing valid; names the field.
         """
-        if self.window_layers:
+        if method not in self.methods:
             raise ConfigError(
-                f"the profile for {self.model} has window_layers {self.window_layers}, which "
-                "methods with anchors do not serve: use SINK_WINDOW (it gives every layer that "
-                "is not in full_layers the window), or move them to drop_layers"
+                f"{self._named()} has nothing for {method} (it has: "
+                f"{', '.join(self.methods) or 'no method'}); make one with: {section_cls.made_by}"
             )
-        placed = {
-            **dict.fromkeys(self.dense_layers, LayerRole.DENSE),
-            **dict.fromkeys(self.anchor_layers, LayerRole.ANCHOR),
-            **dict.fromkeys(self.drop_layers, LayerRole.DROP),
-        }
-        roles = tuple(placed.get(layer, LayerRole.REUSE) for layer in range(self.num_layers))
-        return LayerSchedule(
-            roles,
-            {layer: tuple(h) for layer, h in self.head_maps.items() if layer not in placed},
-        )
+        try:
+            section = section_cls.model_validate(self.methods[method])
+            section.require_shape(self.num_layers, self.num_kv_heads)
+        except ValueError as error:
+            raise _invalid(self._named(), error, f"methods.{method}") from None
+        return section
+
+    def with_section(self, method: str, section: ProfileSection) -> Profile:
+        """The profile with a section more, for the command that makes it.
+
+        Raises:
+            ValueError: the section does not fit the header.
+        """
+        section.require_shape(self.num_layers, self.num_kv_heads)
+        methods = {**self.methods, method: json.loads(section.model_dump_json())}
+        return Profile(**(dict(self) | {"methods": methods}))
+
+    def read_file(self, name: str) -> bytes:
+        """Content of a file beside the profile.
+
+        Args:
+            name: one of ``files``.
+
+        Raises:
+            ConfigError: not named there, not in the profile's folder, too large, or not what it
+                was when the profile was made.
+        """
+        if name not in self.files or self._path is None:
+            raise ConfigError(f"{self._named()} names no file {name!r:.120} beside it")
+        path = self._path.parent / name
+        if os.path.dirname(os.path.realpath(path)) != os.path.realpath(self._path.parent):
+            raise ConfigError(f"{path} is a link out of the folder of {self._named()}; copy it")
+        content = read_bytes(path, MAX_FILE_BYTES, named=str(path))
+        if hashlib.sha256(content).hexdigest() != self.files[name]:
+            raise ConfigError(
+                f"{path} is not the file that {self._named()} was made with (its SHA-256 differs); "
+                "take both from the same calibration"
+            )
+        return content
+
+    def _named(self) -> str:
+        return f"profile for {self.model}" if self._path is None else f"profile {self._path}"
 
 
 def require_fit(profile: Profile, num_layers: int, num_kv_heads: int) -> None:
@@ -129,20 +204,59 @@ def require_fit(profile: Profile, num_layers: int, num_kv_heads: int) -> None:
 
 
 def load_profile(path: Path) -> Profile:
-    """Reads and validates a profile.
+    """Reads a profile and validates its header; ``Profile.section`` validates the rest.
 
     Raises:
         ConfigError: not a regular file, unreadable, too large, not UTF-8, not JSON, or not a
             valid profile; names the field.
     """
+    named = f"profile {path}"
+    text = read_text(path, MAX_PROFILE_BYTES, named)
     try:
-        return Profile.model_validate_json(
-            read_text(path, MAX_PROFILE_BYTES, named=f"profile {path}")
-        )
-    except ValidationError as error:
+        raw = from_json(text)
+        if isinstance(raw, dict) and raw.get("schema_version") == 1:
+            raw = _from_version_1(raw)
+        profile = Profile.model_validate(raw)
+    except ValueError as error:
+        raise _invalid(named, error) from None
+    profile._path = path
+    return profile
+
+
+def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """A file of schema 1, where fields of both methods stood side by side.
+
+    ``window_layers`` was inert: SINK_WINDOW gives each layer that is in no other list the window,
+    and methods with anchors refused such a file. So they find nothing in it now.
+
+    Raises:
+        ValueError: a field that no file of schema 1 has, or ``window_layers`` is no list of layers.
+    """
+    fields = {field for names in _SECTIONS_OF_VERSION_1.values() for field in names}
+    header = {key: value for key, value in raw.items() if key not in {*fields, "window_layers"}}
+    for key in ("methods", "files"):
+        if key in header:
+            raise ValueError(f"{key} is not of schema_version 1, but of {SCHEMA_VERSION}")
+    windows = raw.get("window_layers", [])
+    if not isinstance(windows, list) or any(type(layer) is not int for layer in windows):
+        raise ValueError(f"window_layers is {windows!r:.80}; it must be a list of layers")
+    sections = {
+        method: {name: raw[name] for name in names if name in raw}
+        for method, names in _SECTIONS_OF_VERSION_1.items()
+        if not (windows and "anchor_layers" in names)
+    }
+    return header | {"schema_version": SCHEMA_VERSION, "methods": sections}
+
+
+def _invalid(named: str, error: ValueError, section: str = "") -> ConfigError:
+    """The first problem of a profile in one line."""
+    where, problem = [section] if section else [], str(error)
+    if isinstance(error, ValidationError):
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"profile {path} is not valid: {where}: {first['msg']}") from None
+        where += [str(step) for step in first["loc"]]
+        problem = first["msg"]
+    line = " ".join(f"{'.'.join(where) or 'the file'}: {problem}".split())  # names may be anything
+    return ConfigError(f"{named} is not valid: {line:.500}")
 
 
 def read_model_config(model_folder: Path) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 
 from attn_backends.config import (
+    ConfigError,
     EngineFacts,
     MethodConfig,
     SettingError,
@@ -24,12 +27,41 @@ from attn_backends.config import (
 )
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
-from attn_backends.profile import load_profile, require_fit
+from attn_backends.profile import ProfileSection, load_profile, require_fit, require_placed
 from attn_backends.windows import WindowSelector
 from kvcache.retention import KeepAll, RetentionPolicy, SpanRetention
 from kvcache.spans import Span
 
 RETENTION_CHOICES = ("evict", "keep_all")
+
+
+class WindowSection(ProfileSection):
+    """SINK_WINDOW's part of a profile; what it does not name has the window.
+
+    Attributes:
+        full_layers: keep and read everything.
+        full_heads: by layer, the KV heads that keep and read everything while the layer's others
+            have the window.
+        drop_layers: attend nothing and keep nothing (LLM-Drop).
+    """
+
+    made_by: ClassVar[str] = "vllm-ext profile MODEL --output FILE --drop N --window-instead"
+
+    full_layers: list[int] = Field(default_factory=list)
+    full_heads: dict[int, list[int]] = Field(default_factory=dict)
+    drop_layers: list[int] = Field(default_factory=list)
+
+    def require_shape(self, num_layers: int, num_kv_heads: int) -> None:
+        """See ``ProfileSection.require_shape``."""
+        names = ("full_layers", "full_heads", "drop_layers")
+        require_placed({name: getattr(self, name) for name in names}, num_layers)
+        for layer, heads in self.full_heads.items():
+            known = {*heads} <= {*range(num_kv_heads)}
+            if not known or len({*heads}) < len(heads) or not 0 < len(heads) < num_kv_heads:
+                raise ValueError(
+                    f"full_heads[{layer}] is {heads}; name some of its heads 0 to "
+                    f"{num_kv_heads - 1}, each once (for all of them: full_layers)"
+                )
 
 
 @dataclass(frozen=True)
@@ -41,8 +73,8 @@ class SinkWindowConfig(MethodConfig):
         window_tokens: last tokens that are attended, the current one included; at least
             one KV block.
         retention: ``evict`` frees the blocks between sinks and window, ``keep_all`` does not.
-        profile: path of a profile whose ``full_layers`` keep and read everything (DuoAttention's
-            split, arXiv 2410.10819, at layer level) and whose ``drop_layers`` attend nothing and
+        profile: path of a profile whose ``full_layers`` and ``full_heads`` keep and read everything
+            (DuoAttention's split, arXiv 2410.10819) and whose ``drop_layers`` attend nothing and
             keep nothing (LLM-Drop); empty: every layer has the window.
 
     Raises:
@@ -60,14 +92,24 @@ class SinkWindowConfig(MethodConfig):
             raise SettingError("window_tokens", problem)
 
 
+def _section(config: SinkWindowConfig, geometry: Geometry) -> WindowSection:
+    profile = load_profile(Path(config.profile))
+    require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
+    return profile.section(METHOD.name, WindowSection)
+
+
 def _schedule(config: SinkWindowConfig, geometry: Geometry) -> LayerSchedule:
     placed: dict[int, LayerRole] = {}
     if config.profile:
-        profile = load_profile(Path(config.profile))
-        require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
+        section = _section(config, geometry)
+        if section.full_heads:
+            raise ConfigError(
+                f"profile {config.profile} has full_heads for layers {sorted(section.full_heads)}, "
+                "which this version does not serve yet: use full_layers"
+            )
         placed = {
-            **dict.fromkeys(profile.full_layers, LayerRole.DENSE),
-            **dict.fromkeys(profile.drop_layers, LayerRole.DROP),
+            **dict.fromkeys(section.full_layers, LayerRole.DENSE),
+            **dict.fromkeys(section.drop_layers, LayerRole.DROP),
         }
     layers = range(geometry.num_layers)
     roles = tuple(placed.get(layer, LayerRole.WINDOW) for layer in layers)
@@ -106,4 +148,5 @@ METHOD = SparseMethod(
     ),
     retention=_retention,
     reach=("sink_tokens", "window_tokens"),
+    profile_section=WindowSection,
 )

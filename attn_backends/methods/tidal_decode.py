@@ -26,16 +26,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from attn_backends.batch import RowOptions
 from attn_backends.budget import PRESETS, ROW_OPTIONS, BudgetConfig, BudgetSelector, prompts_cached
 from attn_backends.config import POLICY_KEY, EngineFacts, SettingError, at_least, one_of
 from attn_backends.method import Capabilities, Geometry, SparseMethod
-from attn_backends.plan import LayerRole, LayerSchedule
+from attn_backends.plan import CHOOSING_ROLES, LayerRole, LayerSchedule
 from attn_backends.policy.composition import compose, retention_of
 from attn_backends.policy.model import NO_POLICY, Policy, PolicyError
 from attn_backends.policy.reading import parse_policy
-from attn_backends.profile import Profile, load_profile, require_fit, shipped_profile
+from attn_backends.profile import (
+    ProfileSection,
+    load_profile,
+    require_fit,
+    require_placed,
+    shipped_profile,
+)
 from kvcache.retention import RetentionPolicy
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -43,6 +50,65 @@ logger = logging.getLogger("vllm.vllm_ext")
 FALLBACK_DENSE_LAYERS = 2
 FALLBACK_ANCHOR_STRIDE = 2
 ANCHOR_ATTENTION = ("selected", "full")
+
+
+class AnchorSection(ProfileSection):
+    """TIDAL_DECODE's part of a profile.
+
+    Attributes:
+        dense_layers: attend everything.
+        anchor_layers: choose for the layers after them, up to the next one.
+        head_maps: of other layers, where their KV heads do not follow the anchor's of the same
+            index: the anchor's head that each one follows.
+        drop_layers: attend nothing and keep nothing (LLM-Drop).
+    """
+
+    dense_layers: list[int]
+    anchor_layers: list[int]
+    head_maps: dict[int, list[int]]
+    drop_layers: list[int] = Field(default_factory=list)
+
+    @classmethod
+    def of(cls, schedule: LayerSchedule) -> AnchorSection:
+        """The section that gives this schedule."""
+        return cls(
+            dense_layers=list(schedule.of_role(LayerRole.DENSE)),
+            anchor_layers=list(schedule.of_role(*CHOOSING_ROLES)),
+            head_maps={layer: list(heads) for layer, heads in schedule.head_maps.items()},
+            drop_layers=list(schedule.dropped),
+        )
+
+    def require_shape(self, num_layers: int, num_kv_heads: int) -> None:
+        """See ``ProfileSection.require_shape``; layers before the first anchor reuse nothing."""
+        names = ("dense_layers", "anchor_layers", "drop_layers")
+        require_placed({name: getattr(self, name) for name in names}, num_layers)
+        first_anchor = min(self.anchor_layers, default=num_layers)
+        uncovered = {*range(first_anchor)} - {*self.dense_layers, *self.drop_layers}
+        if uncovered:
+            raise ValueError(
+                f"layers {sorted(uncovered)} come before the first anchor and are not dense"
+            )
+        for layer, heads in self.head_maps.items():
+            if not 0 <= layer < num_layers:
+                raise ValueError(f"head_maps has layer {layer} of {num_layers}")
+            if len(heads) != num_kv_heads or not all(0 <= head < num_kv_heads for head in heads):
+                raise ValueError(
+                    f"head_maps[{layer}] is {heads}; it needs {num_kv_heads} heads between 0 and "
+                    f"{num_kv_heads - 1}"
+                )
+
+    def schedule(self, num_layers: int) -> LayerSchedule:
+        """Roles and head maps of the layers; anchors attend everything."""
+        placed = {
+            **dict.fromkeys(self.dense_layers, LayerRole.DENSE),
+            **dict.fromkeys(self.anchor_layers, LayerRole.ANCHOR),
+            **dict.fromkeys(self.drop_layers, LayerRole.DROP),
+        }
+        roles = tuple(placed.get(layer, LayerRole.REUSE) for layer in range(num_layers))
+        return LayerSchedule(
+            roles,
+            {layer: tuple(h) for layer, h in self.head_maps.items() if layer not in placed},
+        )
 
 
 @dataclass(frozen=True)
@@ -147,16 +213,16 @@ def _checking_every_age(config: TidalConfig) -> TidalConfig:
     return replace(config, guard_interval_steps=interval_steps)
 
 
-def _resolve_profile(config: TidalConfig, geometry: Geometry) -> Profile | None:
+def _section(config: TidalConfig, geometry: Geometry) -> AnchorSection | None:
     if config.profile != "auto":
         profile = load_profile(Path(config.profile))
     else:
         found = shipped_profile(Path(geometry.model_path))
-        if found is None:
+        if found is None or METHOD.name not in found.methods:
             return None
         profile = found
     require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
-    return profile
+    return profile.section(METHOD.name, AnchorSection)
 
 
 @functools.cache
@@ -184,9 +250,9 @@ def _retention(config: TidalConfig, geometry: Geometry) -> tuple[RetentionPolicy
 
 
 def _base_schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
-    profile = _resolve_profile(config, geometry)
-    if profile is not None:
-        return profile.schedule()
+    section = _section(config, geometry)
+    if section is not None:
+        return section.schedule(geometry.num_layers)
     logger.warning(
         "TIDAL_DECODE has no profile for this model: layers 0-%d dense, then every %dth an "
         "anchor. That is slow and not calibrated; run: vllm-ext profile MODEL",
@@ -213,4 +279,5 @@ METHOD = SparseMethod(
     ),
     row_options=ROW_OPTIONS,
     retention=_retention,
+    profile_section=AnchorSection,
 )

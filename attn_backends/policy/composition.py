@@ -8,7 +8,6 @@ from attn_backends.config import block_problem
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.policy.model import Policy, PolicyError
 from kvcache.retention import RetentionPolicy, SpanRetention
-from kvcache.spans import Span
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ def compose(policy: Policy, base: LayerSchedule, block_size: int, num_kv_heads: 
     )
     _require_anchors(owners, base.roles, roles)
     for index, rule in enumerate(policy.layers):
-        if rule.window is None:
+        if rule.span is None:
             continue
-        if problem := block_problem(rule.window.window_tokens, block_size):
+        if problem := block_problem(rule.span.floor_tokens, block_size):
             raise PolicyError(("layers", index, "window_tokens"), problem)
     before, after = _anchors(base.roles), _anchors(roles)
     reusing = [layer for layer, role in enumerate(roles) if role is LayerRole.REUSE]
@@ -57,9 +56,7 @@ def compose(policy: Policy, base: LayerSchedule, block_size: int, num_kv_heads: 
         if base.roles[layer] is LayerRole.REUSE and before[layer] == after[layer]
     ]
     spans = {
-        layer: (Span(rule.window.sink_tokens, rule.window.window_tokens),) * num_kv_heads
-        for layer, rule in rules.items()
-        if rule.window is not None
+        layer: (rule.span,) * num_kv_heads for layer, rule in rules.items() if rule.span is not None
     }
     head_maps = {
         layer: base.head_maps[layer] for layer in follows_as_before if layer in base.head_maps
@@ -82,12 +79,10 @@ def retention_of(policy: Policy, base: tuple[RetentionPolicy, ...]) -> tuple[Ret
     retained = list(base)
     for layer, index in owners.items():
         rule = policy.layers[index]
-        if rule.frees and rule.window is not None:
+        if rule.frees and rule.span is not None:
             # What a window layer writes for a generated token comes from hidden states that the
             # sparse layers before it made: it serves other prompts no more than theirs does.
-            window = rule.window
-            span = Span(window.sink_tokens, window.window_tokens)
-            retained[layer] = SpanRetention(span, base[layer].caches_generated)
+            retained[layer] = SpanRetention(rule.span, base[layer].caches_generated)
     return tuple(retained)
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from attn_backends.batch import RowOptions
 from attn_backends.config import ConfigError
-from attn_backends.plan import LayerRole, Window
+from attn_backends.plan import LayerRole
+from kvcache.spans import Span
 
-Path = tuple[str | int, ...]  # keys and indices from the policy's root
+KeyPath = tuple[str | int, ...]  # keys and indices from the policy's root
 
 
-def dotted(path: Path) -> str:
+def dotted(path: KeyPath) -> str:
     """A place in a policy as users write it: ``layers[1].role``."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
     return text.removeprefix(".") or "the policy"
@@ -27,7 +28,7 @@ class PolicyError(ConfigError):
         problem: what is wrong there, and what would work.
     """
 
-    def __init__(self, path: Path, problem: str) -> None:
+    def __init__(self, path: KeyPath, problem: str) -> None:
         super().__init__(path, problem)  # both, so that the error can be pickled
         self.path = path
         self.problem = problem
@@ -44,13 +45,13 @@ class LayerRule:
     Attributes:
         layers: 0-based, ascending.
         role: DENSE, ANCHOR or REUSE; WINDOW for layers with a window.
-        window: of layers with a window, else None.
-        frees: whether the blocks outside the window are freed.
+        span: what layers with a window see of the past, else None.
+        frees: whether the blocks outside it are freed.
     """
 
     layers: tuple[int, ...]
     role: LayerRole
-    window: Window | None = None
+    span: Span | None = None
     frees: bool = False
 
 
@@ -84,9 +85,9 @@ class Policy:
     presets: Mapping[str, RowOptions] = field(default_factory=dict)
 
     @property
-    def windows(self) -> tuple[Window, ...]:
-        """The windows that some layers have."""
-        return tuple(rule.window for rule in self.layers if rule.window is not None)
+    def spans(self) -> tuple[Span, ...]:
+        """What layers with a window see."""
+        return tuple(rule.span for rule in self.layers if rule.span is not None)
 
     def budget_of(self, seq_len: int) -> ContextBudget | None:
         """The entry of ``budgets`` for a context of this many tokens, or None."""
@@ -105,7 +106,7 @@ class Policy:
         forced = f"less than sink_tokens + recent_tokens = {forced_tokens}"
         for index, entry in enumerate(self.budgets):
             if entry.budget_tokens is not None and entry.budget_tokens < forced_tokens:
-                path: Path = ("budgets", index, "budget_tokens")
+                path: KeyPath = ("budgets", index, "budget_tokens")
                 raise PolicyError(path, f"is {entry.budget_tokens}, {forced}")
             if entry.up_to_tokens <= min_context_tokens:
                 raise PolicyError(

@@ -13,8 +13,9 @@ from typing import Any
 
 from attn_backends.batch import RowOptions
 from attn_backends.config import MethodConfig, SettingError, settings_of, type_problem
-from attn_backends.plan import LayerRole, Window
-from attn_backends.policy.model import ContextBudget, LayerRule, Path, Policy, PolicyError
+from attn_backends.plan import LayerRole
+from attn_backends.policy.model import ContextBudget, KeyPath, LayerRule, Policy, PolicyError
+from kvcache.spans import Span
 
 SECTIONS = ("settings", "layers", "budgets", "presets")
 ROLES = {
@@ -57,7 +58,7 @@ def parse_policy(
     return policy
 
 
-def _object(raw: Any, path: Path, known: Iterable[str]) -> Mapping[str, Any]:
+def _object(raw: Any, path: KeyPath, known: Iterable[str]) -> Mapping[str, Any]:
     known = tuple(known)
     if not isinstance(raw, Mapping):
         raise PolicyError(path, f"must be an object of {', '.join(known)}, got {raw!r:.80}")
@@ -69,19 +70,19 @@ def _object(raw: Any, path: Path, known: Iterable[str]) -> Mapping[str, Any]:
     return raw
 
 
-def _items(raw: Any, path: Path) -> list[tuple[Path, Any]]:
+def _items(raw: Any, path: KeyPath) -> list[tuple[KeyPath, Any]]:
     if not isinstance(raw, list):
         raise PolicyError(path, f"must be a list, got {raw!r:.80}")
     return [((*path, index), item) for index, item in enumerate(raw)]
 
 
-def _required(raw: Mapping[str, Any], key: str, path: Path) -> Any:
+def _required(raw: Mapping[str, Any], key: str, path: KeyPath) -> Any:
     if key not in raw:
         raise PolicyError(path, f"has no {key}")
     return raw[key]
 
 
-def _tokens(value: Any, path: Path, lowest: int, other: str = "") -> int:
+def _tokens(value: Any, path: KeyPath, lowest: int, other: str = "") -> int:
     if type(value) is not int or not lowest <= value <= MAX_TOKENS:
         raise PolicyError(
             path, f"is {value!r:.80}; it must be {lowest} to {MAX_TOKENS} tokens{other}"
@@ -104,7 +105,7 @@ def _settings(raw: Any, config_cls: type[MethodConfig]) -> dict[str, Any]:
     return settings
 
 
-def _layer_rule(raw: Any, path: Path) -> LayerRule:
+def _layer_rule(raw: Any, path: KeyPath) -> LayerRule:
     entry = _object(raw, path, ("layers", "role", "retention", "sink_tokens", "window_tokens"))
     layers = _layers(_required(entry, "layers", path), (*path, "layers"))
     role = _required(entry, "role", path)
@@ -118,8 +119,7 @@ def _layer_rule(raw: Any, path: Path) -> LayerRule:
     if role == "window":
         sinks = _tokens(_required(entry, "sink_tokens", path), (*path, "sink_tokens"), 0)
         last = _tokens(_required(entry, "window_tokens", path), (*path, "window_tokens"), 1)
-        window = Window(sinks, last)
-        return LayerRule(layers, ROLES[role], window, frees=retention == "sink_window")
+        return LayerRule(layers, ROLES[role], Span(sinks, last), frees=retention == "sink_window")
     if retention == "sink_window":
         raise PolicyError(
             (*path, "retention"),
@@ -132,29 +132,29 @@ def _layer_rule(raw: Any, path: Path) -> LayerRule:
     return LayerRule(layers, ROLES[role])
 
 
-def _layers(raw: Any, path: Path) -> tuple[int, ...]:
+def _layers(raw: Any, path: KeyPath) -> tuple[int, ...]:
     """Layer numbers from ``5``, ``"0-3"`` or ``[1, 2]``."""
-    spans: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for item in raw if isinstance(raw, list) else [raw]:
         match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", item) if isinstance(item, str) else None
         if match is not None:
-            spans.append((int(match[1]), int(match[2])))
+            ranges.append((int(match[1]), int(match[2])))
         elif type(item) is int:
-            spans.append((item, item))
+            ranges.append((item, item))
         else:
             raise PolicyError(path, f'is {raw!r:.80}; write 5, "0-3" or [1, 2]')
-    for first, last in spans:
+    for first, last in ranges:
         if not 0 <= first <= last < MAX_LAYERS:
             raise PolicyError(
                 path, f"is {raw!r:.80}; layers ascend, from 0 to at most {MAX_LAYERS - 1}"
             )
-    layers = [layer for first, last in spans for layer in range(first, last + 1)]
+    layers = [layer for first, last in ranges for layer in range(first, last + 1)]
     if not layers or len(set(layers)) < len(layers):
         raise PolicyError(path, f"is {raw!r:.80}; name at least one layer, and each once")
     return tuple(sorted(layers))
 
 
-def _context_budget(raw: Any, path: Path) -> ContextBudget:
+def _context_budget(raw: Any, path: KeyPath) -> ContextBudget:
     entry = _object(raw, path, ("up_to_tokens", "budget_tokens"))
     up_to = _tokens(_required(entry, "up_to_tokens", path), (*path, "up_to_tokens"), 1)
     budget = _required(entry, "budget_tokens", path)
@@ -170,7 +170,7 @@ def _presets(raw: Any, reserved: frozenset[str]) -> dict[str, RowOptions]:
 
 
 def _preset(name: Any, raw: Any, reserved: frozenset[str]) -> RowOptions:
-    path: Path = ("presets", str(name))
+    path: KeyPath = ("presets", str(name))
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", name):
         raise PolicyError(
             path, "is no name for a preset; use up to 32 of a-z, 0-9, - and _, a letter first"

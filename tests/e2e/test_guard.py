@@ -24,7 +24,8 @@ def bad_profile(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> st
     shipped = shipped_profile(Path(model_path))
     assert shipped is not None
     content = json.loads(shipped.model_dump_json())
-    content |= {"dense_layers": [0, 1], "anchor_layers": BAD_ANCHORS, "head_maps": {}}
+    bad = {"dense_layers": [0, 1], "anchor_layers": BAD_ANCHORS, "head_maps": {}}
+    content["methods"] = {"TIDAL_DECODE": bad}
     path = tmp_path_factory.mktemp("profile") / "bad.json"
     path.write_text(json.dumps(content))
     return str(path)

@@ -16,7 +16,6 @@ from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
 from attn_backends.methods.sink_window import SinkWindowConfig
 from attn_backends.methods.tidal_decode import METHOD, TidalConfig
 from attn_backends.plan import Anchor, Dense, LayerRole, LayerSchedule, Reuse, StepPlan
-from attn_backends.profile import fingerprint, load_profile, shipped_profile
 from tests.batches import anchor_state, labels, step_rows
 
 GEOMETRY = Geometry(
@@ -80,14 +79,6 @@ def test_layers_of_a_profile_are_dropped(tmp_path: Path) -> None:
     assert sinks.roles == (window, window, LayerRole.DROP, dense, window, window)
 
 
-def test_window_layers_are_refused_where_they_would_not_be_served(tmp_path: Path) -> None:
-    path = _written(tmp_path, window_layers=[2])
-    with pytest.raises(ConfigError, match=r"window_layers \[2\].*SINK_WINDOW"):
-        METHOD.schedule(TidalConfig(profile=str(path)), GEOMETRY)
-    roles = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), GEOMETRY).roles
-    assert roles == (LayerRole.WINDOW,) * 6
-
-
 def test_without_a_profile_there_is_a_warning_and_a_safe_default(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -95,49 +86,6 @@ def test_without_a_profile_there_is_a_warning_and_a_safe_default(
     assert schedule.roles[2] is LayerRole.SELF
     assert "no profile" in caplog.text
     assert "vllm-ext profile" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"anchor_layers": [1, 9]}, "anchor_layers has [9]"),
-        ({"dense_layers": [0, 1]}, "both in dense_layers and in anchor_layers"),
-        ({"drop_layers": [6]}, "drop_layers has [6]"),
-        ({"drop_layers": [4]}, "both in anchor_layers and in drop_layers"),
-        ({"drop_layers": [2], "window_layers": [2]}, "both in drop_layers and in window_layers"),
-        ({"drop_layers": [2], "full_layers": [2]}, "both in full_layers and in drop_layers"),
-        (
-            {"dense_layers": [], "anchor_layers": [], "drop_layers": [0, 1, 2, 3, 4, 5]},
-            "keep at least one",
-        ),
-        ({"anchor_layers": [3]}, "layers [1, 2] come before the first anchor"),
-        ({"head_maps": {"2": [0, 5]}}, "between 0 and 1"),
-        ({"head_maps": {"2": [0]}}, "needs 2 heads"),
-        ({"schema_version": 2}, "schema_version"),
-        ({"extra": 1}, "extra"),
-        ({"fingerprint": "xyz"}, "fingerprint"),
-    ],
-)
-def test_a_bad_profile_names_what_is_wrong(
-    changes: dict[str, Any], words: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError) as error:
-        load_profile(_written(tmp_path, **changes))
-    assert words in str(error.value)
-
-
-def test_missing_broken_and_foreign_profiles_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_profile(tmp_path / "none.json")
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid"):
-        load_profile(tmp_path / "broken.json")
-    (tmp_path / "huge.json").write_text(" " * (5 << 20))
-    with pytest.raises(ConfigError, match="at most"):
-        load_profile(tmp_path / "huge.json")
-    path = _written(tmp_path, num_layers=8)
-    with pytest.raises(ConfigError, match="this model has 6 of 2"):
-        METHOD.schedule(TidalConfig(profile=str(path)), GEOMETRY)
 
 
 @pytest.mark.parametrize(
@@ -226,24 +174,3 @@ def test_a_preset_never_undercuts_the_forced_blocks() -> None:
 def test_reuse_needs_an_anchor_before_it() -> None:
     with pytest.raises(ValueError, match="layer 1 reuses"):
         LayerSchedule((LayerRole.DENSE, LayerRole.REUSE, LayerRole.ANCHOR))
-
-
-def test_fingerprints_tell_checkpoints_apart(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"a" * 100)
-    first = fingerprint(tmp_path)
-    assert first == fingerprint(tmp_path)
-    weights.write_bytes(b"a" * 99 + b"b")
-    assert fingerprint(tmp_path) != first
-    assert shipped_profile(tmp_path) is None
-
-
-def test_shipped_profiles_are_valid() -> None:
-    from attn_backends.profile import SHIPPED
-
-    paths = sorted(SHIPPED.glob("*.json"))
-    assert paths, f"no profile in {SHIPPED}"
-    profiles = [load_profile(path) for path in paths]
-    assert len({profile.fingerprint for profile in profiles}) == len(paths)  # each can be found
-    assert all(profile.schedule().roles.count(LayerRole.ANCHOR) for profile in profiles)

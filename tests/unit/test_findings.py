@@ -11,6 +11,9 @@ import torch
 
 from attn_backends.config import ConfigError
 from attn_backends.findings import Findings
+from attn_backends.methods.sink_window import WindowSection
+from attn_backends.methods.tidal_decode import AnchorSection
+from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.profile import Profile, load_profile
 from vllm_ext.calibration import report
 from vllm_ext.calibration.data import Example
@@ -164,23 +167,19 @@ def test_models_that_need_no_sinks_are_left_alone(model: Any, recording: Recordi
     assert "learned sinks" in report.markdown(_profile(found), None)
 
 
-def _profile(found: Findings | None, **changes: Any) -> Profile:
-    fields: dict[str, Any] = {
-        "schema_version": 1,
-        "fingerprint": "0" * 64,
-        "model": "tiny",
-        "num_layers": NUM_LAYERS,
-        "num_kv_heads": 2,
-        "dense_layers": [0],
-        "anchor_layers": [1],
-        "head_maps": {},
-        "findings": found,
-        "calibration": dict.fromkeys(
-            ("budget_tokens", "block_size", "context_tokens", "examples", "seed"), 1
-        )
-        | {"held_out": {}, "verdicts": []},
-    }
-    return Profile(**(fields | changes))
+def _profile(found: Findings | None, drop_layers: tuple[int, ...] = ()) -> Profile:
+    settings = ("budget_tokens", "block_size", "context_tokens", "examples", "seed")
+    profile = Profile(
+        schema_version=2,
+        fingerprint="0" * 64,
+        model="tiny",
+        num_layers=NUM_LAYERS,
+        num_kv_heads=2,
+        findings=found,
+        calibration=dict.fromkeys(settings, 1) | {"held_out": {}, "verdicts": []},
+    )
+    schedule = LayerSchedule((LayerRole.DENSE, LayerRole.ANCHOR, *[LayerRole.REUSE] * 2))
+    return profile.with_section("TIDAL_DECODE", AnchorSection.of(dropping(schedule, drop_layers)))
 
 
 def test_findings_are_part_of_the_profile_and_of_the_report(
@@ -189,17 +188,17 @@ def test_findings_are_part_of_the_profile_and_of_the_report(
     found = findings(model, [recording, recording])
     assert found.sinks is not None
     assert found.sinks.prompts == 2
-    profile = _profile(found, drop_layers=[3])
+    profile = _profile(found, drop_layers=(3,))
     path = tmp_path / "profile.json"
     path.write_text(profile.model_dump_json())
-    assert load_profile(path) == profile
+    assert load_profile(path).findings == found
     text = report.markdown(profile, None)
     assert "First tokens that are sinks" in text
     assert "Dropped: [3]" in text
+    assert "Windowed" not in text
+    windowed = _profile(found).with_section("SINK_WINDOW", WindowSection(full_layers=[0, 1, 3]))
+    assert "Windowed instead: [2]" in report.markdown(windowed, None)
     raw = json.loads(path.read_text())
-    del raw["findings"], raw["drop_layers"], raw["window_layers"]
-    path.write_text(json.dumps(raw))  # as older versions wrote it
-    assert load_profile(path).findings is None
     raw["findings"] = found.model_dump() | {"layer_similarity": [0.1]}
     path.write_text(json.dumps(raw))
     with pytest.raises(ConfigError, match="1 layers of 4"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from attn_backends.config import parse_config
-from attn_backends.methods.tidal_decode import METHOD, TidalConfig
+from attn_backends.methods.tidal_decode import METHOD, AnchorSection, TidalConfig
 from attn_backends.policy.composition import compose
 from attn_backends.policy.model import PolicyError
 from attn_backends.profile import SHIPPED, load_profile
@@ -178,7 +178,8 @@ def test_what_the_engine_finds_later_has_its_line_too(tmp_path: Path) -> None:
 def test_the_example_fits_the_demo_model() -> None:
     content = read_policy(str(EXAMPLE)).content
     config = parse_config(TidalConfig, {"policy": content}, METHOD.name)
-    base = load_profile(SHIPPED / "smollm2-135m-instruct.json").schedule()
+    profile = load_profile(SHIPPED / "smollm2-135m-instruct.json")
+    base = profile.section(METHOD.name, AnchorSection).schedule(profile.num_layers)
     composed = compose(config.policy, base, 32, 3)
     assert composed.unmapped_layers == ()
     assert set(composed.schedule.spans) == set(range(24, 30))

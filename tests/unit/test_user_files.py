@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from attn_backends.config import ConfigError
+from attn_backends.methods import REGISTRY, load_method
 from attn_backends.profile import fingerprint, load_profile, shipped_profile
 from vllm_ext.calibration.trials import Trials
 from vllm_ext.cli.policy_file import read_policy
@@ -101,6 +103,76 @@ def test_what_is_no_text_file_is_refused(
 @pytest.mark.parametrize("reader", ["profile", "policy"])
 def test_a_name_that_no_file_can_have_is_refused(reader: str, name: str) -> None:
     assert "cannot be read" in _refusal(READERS[reader], Path(name))
+
+
+SECTIONS = {
+    "TIDAL_DECODE": {
+        "dense_layers": [0],
+        "anchor_layers": [1],
+        "head_maps": {"2": [1, 0]},
+        "drop_layers": [3],
+    },
+    "SINK_WINDOW": {"full_layers": [0], "full_heads": {"2": [1]}, "drop_layers": [3]},
+}
+HEADER = {"fingerprint": "0" * 64, "model": "m", "num_layers": 4, "num_kv_heads": 2}
+PROFILES: dict[str, dict[str, Any]] = {
+    "version 2": HEADER
+    | {"schema_version": 2, "methods": SECTIONS, "files": {"a.json": "0" * 64}, "calibration": {}},
+    "version 1": HEADER
+    | {"schema_version": 1, "full_layers": [2], "window_layers": [], "calibration": {}}
+    | SECTIONS["TIDAL_DECODE"],
+}
+ABSURD: tuple[Any, ...] = (
+    *(None, True, -1, 1 << 70, 0.5, "", "x\ny", "\x00", [], [[]], [-1], [1 << 70], ["x"], [None]),
+    *({}, {"": {}}, {"-1": [0]}, {"x\ny": 1}, {"1": {"1": {}}}, {"99999999999999999999": [0]}),
+)
+
+
+def _changed(value: Any) -> Iterator[Any]:
+    """The value with one thing in it replaced, added or taken away."""
+    yield from ABSURD
+    places: Any = ()
+    if isinstance(value, dict):
+        yield from (value | {name: inner} for name in ("x\ny", "methods", "7") for inner in ABSURD)
+        places = value
+    elif isinstance(value, list):
+        places = range(len(value))
+    for place in places:
+        for inner in _changed(value[place]):
+            copy = value.copy()
+            copy[place] = inner
+            yield copy
+        copy = value.copy()
+        del copy[place]
+        yield copy
+
+
+def _problem(path: Path, method: str) -> str | None:
+    """Why a method refuses a profile, or None."""
+    section_cls = load_method(method).profile_section
+    assert section_cls is not None
+    try:
+        load_profile(path).section(method, section_cls)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("method", [n for n in REGISTRY if load_method(n).profile_section])
+@pytest.mark.parametrize("version", PROFILES)
+def test_profiles_with_anything_in_them_are_read_or_refused_in_one_line(
+    version: str, method: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(PROFILES[version]))
+    assert _problem(path, method) is None
+    problems = []
+    for content in _changed(PROFILES[version]):
+        path.write_text(json.dumps(content))
+        problems.append(_problem(path, method))
+    found = [problem for problem in problems if problem is not None]
+    assert all(len(problem.splitlines()) == 1 and len(problem) < 1000 for problem in found)
+    assert 100 < len(found) < len(problems) - 50  # sections of others are not its business
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", '"text"', "[" * 100_000])

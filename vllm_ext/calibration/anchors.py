@@ -15,8 +15,18 @@ import torch
 
 from attn_backends.budget import BudgetConfig
 from attn_backends.findings import Findings
-from attn_backends.plan import CHOOSING_ROLES, LayerSchedule
-from attn_backends.profile import Profile, fingerprint, load_profile, read_model_config
+from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
+from attn_backends.methods.sink_window import WindowSection
+from attn_backends.methods.tidal_decode import METHOD as TIDAL_DECODE
+from attn_backends.methods.tidal_decode import AnchorSection
+from attn_backends.plan import LayerSchedule
+from attn_backends.profile import (
+    SCHEMA_VERSION,
+    Profile,
+    fingerprint,
+    load_profile,
+    read_model_config,
+)
 from vllm_ext.calibration import report, search
 from vllm_ext.calibration.data import Sizes, make_examples
 from vllm_ext.calibration.layer_similarity import least_important
@@ -134,7 +144,8 @@ def check(
         profile = load_profile(path)
         if profile.fingerprint != fingerprint(settings.model):
             raise UserError(f"{path} was made for another checkpoint ({profile.model})")
-        schedules[path] = profile.schedule()
+        section = profile.section(TIDAL_DECODE.name, AnchorSection)
+        schedules[path] = section.schedule(profile.num_layers)
     probed = ProbedModel(settings, progress)
     recordings = probed.record(settings.seed, settings.examples, "prompts")
     for path, schedule in schedules.items():
@@ -251,21 +262,22 @@ def _profile(
     found: Findings,
     figures: dict[str, Any],
 ) -> Profile:
+    """A section for TIDAL_DECODE; with layers to drop one for SINK_WINDOW, which drops them, too,
+    or gives them the window.
+    """
     config, num_layers = read_model_config(settings.model), len(schedule.roles)
-    special = {"drop_layers": least}
-    if settings.window_instead:  # every other layer keeps all, or SINK_WINDOW would window it too
-        full = [layer for layer in range(num_layers) if layer not in least]
-        special = {"window_layers": least, "full_layers": full}
-    return Profile(
-        schema_version=1,
+    profile = Profile(
+        schema_version=SCHEMA_VERSION,
         fingerprint=fingerprint(settings.model),
         model=settings.model.name,
         num_layers=num_layers,
         num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        dense_layers=list(range(DENSE_LAYERS)),
-        anchor_layers=[i for i, role in enumerate(schedule.roles) if role in CHOOSING_ROLES],
-        head_maps={layer: list(heads) for layer, heads in schedule.head_maps.items()},
         findings=found,
         calibration=figures,
-        **special,
-    )
+    ).with_section(TIDAL_DECODE.name, AnchorSection.of(schedule))
+    if not least:
+        return profile
+    if not settings.window_instead:
+        return profile.with_section(SINK_WINDOW.name, WindowSection(drop_layers=least))
+    full = [layer for layer in range(num_layers) if layer not in least]
+    return profile.with_section(SINK_WINDOW.name, WindowSection(full_layers=full))

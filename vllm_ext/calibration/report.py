@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
+from attn_backends.methods.sink_window import WindowSection
+from attn_backends.methods.tidal_decode import METHOD as TIDAL_DECODE
+from attn_backends.methods.tidal_decode import AnchorSection
 from attn_backends.profile import Profile
 from vllm_ext.calibration.search import Verdict
 
@@ -41,9 +45,10 @@ def heat_map(profile: Profile, costs: torch.Tensor, path: Path) -> bool:
     shown = costs.where(costs.isfinite(), torch.tensor(torch.nan)).clamp_min(1e-6)
     image = axes.imshow(shown.numpy(), norm="log", cmap="viridis_r", origin="lower")
     figure.colorbar(image, label="relative error of the residual stream (squared)")
-    for layer in profile.anchor_layers:
+    anchors = _anchors(profile).anchor_layers
+    for layer in anchors:
         axes.axhline(layer, color="crimson", linewidth=0.8, linestyle="--")
-    axes.set_yticks(profile.anchor_layers)
+    axes.set_yticks(anchors)
     axes.set_xlabel("layer that reads the selection")
     axes.set_ylabel("layer that selects (anchors marked)")
     budget_tokens = profile.calibration["budget_tokens"]
@@ -56,7 +61,7 @@ def heat_map(profile: Profile, costs: torch.Tensor, path: Path) -> bool:
 
 def markdown(profile: Profile, image: Path | None) -> str:
     """The report's text: the choice, and the best verified alternatives."""
-    calibration = profile.calibration
+    calibration, section = profile.calibration, _anchors(profile)
     lines = [
         f"# Calibration of {profile.model}",
         "",
@@ -64,8 +69,8 @@ def markdown(profile: Profile, image: Path | None) -> str:
         f"prompts of up to {calibration['context_tokens']} tokens, {calibration['examples']} of "
         f"retrieval and of text each, seed {calibration['seed']}.",
         "",
-        f"Dense layers {profile.dense_layers}, anchors {profile.anchor_layers}, "
-        f"{len(profile.head_maps)} layers with a head map of their own.",
+        f"Dense layers {section.dense_layers}, anchors {section.anchor_layers}, "
+        f"{len(section.head_maps)} layers with a head map of their own.",
         "",
         "Prompts that chose nothing:",
         "",
@@ -105,11 +110,24 @@ def _layers(profile: Profile) -> list[str]:
         "|---|" + "---|" * len(ranked[:10]),
         "| S | " + " | ".join(f"{similarity[layer]:.4f}" for layer in ranked[:10]) + " |",
     ]
-    if profile.drop_layers:
-        lines += ["", f"Dropped: {profile.drop_layers}. The KL above includes it."]
-    if profile.window_layers:
-        lines += ["", f"Windowed instead: {profile.window_layers}. The KL above is without it."]
+    if dropped := _anchors(profile).drop_layers:
+        lines += ["", f"Dropped: {dropped}. The KL above includes it."]
+    if windowed := _windowed(profile):
+        lines += ["", f"Windowed instead: {windowed}. The KL above is without it."]
     return lines
+
+
+def _anchors(profile: Profile) -> AnchorSection:
+    return profile.section(TIDAL_DECODE.name, AnchorSection)
+
+
+def _windowed(profile: Profile) -> list[int]:
+    """Layers with SINK_WINDOW's window, where the profile lets others keep everything."""
+    if SINK_WINDOW.name not in profile.methods:
+        return []
+    section = profile.section(SINK_WINDOW.name, WindowSection)
+    other = {*section.full_layers, *section.drop_layers}
+    return [i for i in range(profile.num_layers) if i not in other] if section.full_layers else []
 
 
 def _sinks(profile: Profile) -> list[str]:

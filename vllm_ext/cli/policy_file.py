@@ -38,9 +38,9 @@ class PolicyFile:
 
     name: str
     content: Any
-    lines: Mapping[model.Path, int]
+    lines: Mapping[model.KeyPath, int]
 
-    def line_of(self, path: model.Path) -> int:
+    def line_of(self, path: model.KeyPath) -> int:
         """The line of a path, or of the nearest thing around it."""
         while path and path not in self.lines:
             path = path[:-1]
@@ -137,11 +137,11 @@ class _Reader:
     """Plain values from YAML nodes, noting where each one stands."""
 
     def __init__(self, name: str) -> None:
-        self.lines: dict[model.Path, int] = {}
+        self.lines: dict[model.KeyPath, int] = {}
         self._name = name
         self._seen: set[int] = set()
 
-    def value(self, node: Any, path: model.Path) -> Any:
+    def value(self, node: Any, path: model.KeyPath) -> Any:
         """The node's value; an alias would bring the same node again."""
         if id(node) in self._seen:
             raise self._error(node, path, "is an alias; write it out")
@@ -155,7 +155,7 @@ class _Reader:
             return self._scalar(node, path)
         raise self._error(node, path, f"has the tag {node.tag}; policies are plain values")
 
-    def _mapping(self, node: yaml.MappingNode, path: model.Path) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: model.KeyPath) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if key_node.tag != _TAG + "str":
@@ -168,7 +168,7 @@ class _Reader:
             content[key] = self.value(value_node, (*path, key))
         return content
 
-    def _scalar(self, node: yaml.ScalarNode, path: model.Path) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: model.KeyPath) -> Any:
         kind, text = node.tag.removeprefix(_TAG), node.value
         if kind == "str":
             return text
@@ -187,6 +187,6 @@ class _Reader:
             "false, or text in quotes",
         )
 
-    def _error(self, node: Any, path: model.Path, problem: str) -> UserError:
+    def _error(self, node: Any, path: model.KeyPath, problem: str) -> UserError:
         line = node.start_mark.line + 1
         return UserError(f"{self._name}:{line}: {model.dotted(path)} {problem}")
