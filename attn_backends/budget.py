@@ -27,7 +27,8 @@ from attn_backends.plan import (
 from attn_backends.recall import RecallWatch
 from attn_backends.reselection import KeptStep, SelectionKeeper
 from attn_backends.windows import WindowLayers
-from kvcache.retention import KeepAll, RetentionPolicy
+from kvcache.entries import KVEntry, layer_entries
+from kvcache.retention import KeepAll
 
 ROW_OPTIONS = frozenset({"sparse", "budget_tokens"})
 PRESETS = {  # what a request may name
@@ -296,8 +297,11 @@ class BudgetSelector:
         return RowReason.WINDOW_LAYERS if has_gap else reason
 
 
-def prompts_cached(config: BudgetConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
-    """Retention of methods with dense prefill and sparse decode: all is kept, but what was
+def prompts_cached(
+    config: BudgetConfig, schedule: LayerSchedule, geometry: Geometry
+) -> tuple[KVEntry, ...]:
+    """Entries of methods with dense prefill and sparse decode: all is kept, but what was
     generated never serves a later prompt (it would have been computed densely).
     """
-    return (KeepAll(caches_generated=False),) * geometry.num_layers
+    policies = (KeepAll(caches_generated=False),) * geometry.num_layers
+    return layer_entries(policies, schedule.dropped)

@@ -42,37 +42,28 @@ class FoldBuffers:
 
 
 @dataclass(frozen=True)
-class HeadTables:
-    """Where one layer's KV heads lie.
+class HeadTiles:
+    """Where one layer's KV heads lie in the pool; fixed once caches are bound.
 
     Attributes:
-        tables: one per KV group, ``[num_reqs, max_blocks]`` int32, all of one shape. What stands
-            past a row's blocks (0 or -1) is not read; it still becomes a tile of the pool.
-        group_of_head: index into ``tables``.
+        group_of_head: the KV group of each head, as an index into tables and slot mappings.
         tile_base: ``[num_kv_heads]`` int32.
         tile_stride: tiles from a head's block to its next.
         block_size: tokens per block.
-        buffers: of decode rows.
 
     Raises:
-        ValueError: a head without a base, or of a group without a table.
+        ValueError: a head without a base.
     """
 
-    tables: tuple[torch.Tensor, ...]
     group_of_head: tuple[int, ...]
     tile_base: torch.Tensor
     tile_stride: int
     block_size: int
-    buffers: FoldBuffers
 
     def __post_init__(self) -> None:
         if len(self.tile_base) != self.num_kv_heads:
             raise ValueError(
                 f"tile_base has {len(self.tile_base)} entries; group_of_head, {self.num_kv_heads}"
-            )
-        if not set(self.group_of_head) <= set(range(len(self.tables))):
-            raise ValueError(
-                f"group_of_head is {self.group_of_head}; there are {len(self.tables)} tables"
             )
 
     @property
@@ -80,11 +71,54 @@ class HeadTables:
         """Of the layer."""
         return len(self.group_of_head)
 
+    def slots(self, slot_mappings: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Where ``cache_write`` puts ``fold_keys(key)`` in the pool.
+
+        Args:
+            slot_mappings: one per KV group, ``[num_tokens]`` int64, as in ``cache_write``.
+
+        Returns:
+            ``[num_tokens * num_kv_heads]`` int64; negative where the group's slot is.
+        """
+        of_heads = torch.stack([slot_mappings[group] for group in self.group_of_head], dim=1)
+        tiles = self.tile_base + self.tile_stride * (of_heads // self.block_size)
+        slots = tiles * self.block_size + of_heads % self.block_size
+        return slots.masked_fill_(of_heads < 0, -1).flatten()
+
+
+@dataclass(frozen=True)
+class HeadTables:
+    """The block tables of one layer's KV heads in one step.
+
+    Attributes:
+        tiles: where the heads lie.
+        tables: one per KV group, ``[num_reqs, max_blocks]`` int32, all of one shape. What stands
+            past a row's blocks (0 or -1) is not read; it still becomes a tile of the pool.
+        buffers: of decode rows.
+
+    Raises:
+        ValueError: a head of a group without a table.
+    """
+
+    tiles: HeadTiles
+    tables: tuple[torch.Tensor, ...]
+    buffers: FoldBuffers
+
+    def __post_init__(self) -> None:
+        groups = self.tiles.group_of_head
+        if not set(groups) <= set(range(len(self.tables))):
+            raise ValueError(f"group_of_head is {groups}; there are {len(self.tables)} tables")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Of the layer."""
+        return self.tiles.num_kv_heads
+
     @cached_property
     def _runs(self) -> tuple[tuple[int, slice], ...]:
         """Neighbouring heads of one group, which one operation serves."""
         runs, first = [], 0
-        for group, heads in itertools.groupby(self.group_of_head):
+        for group, heads in itertools.groupby(self.tiles.group_of_head):
             last = first + len(list(heads))
             runs.append((group, slice(first, last)))
             first = last
@@ -142,30 +176,16 @@ class HeadTables:
             num_tokens=num_tokens,
         )
 
-    def slots(self, slot_mappings: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Where ``cache_write`` puts ``fold_keys(key)`` in the pool.
-
-        Args:
-            slot_mappings: one per KV group, ``[num_tokens]`` int64, as in ``cache_write``.
-
-        Returns:
-            ``[num_tokens * num_kv_heads]`` int64; negative where the group's slot is.
-        """
-        of_heads = torch.stack([slot_mappings[group] for group in self.group_of_head], dim=1)
-        tiles = self.tile_base + self.tile_stride * (of_heads // self.block_size)
-        slots = tiles * self.block_size + of_heads % self.block_size
-        return slots.masked_fill_(of_heads < 0, -1).flatten()
-
     def _width(self, batch: PagedBatch) -> int:
-        return min(self.tables[0].shape[1], -(-batch.max_seq_len // self.block_size))
+        return min(self.tables[0].shape[1], -(-batch.max_seq_len // self.tiles.block_size))
 
     def _write_tiles(self, tiles: torch.Tensor) -> None:
         """Args: tiles: ``[num_reqs, num_kv_heads, width]`` int32, strided as it likes."""
         num_reqs, _, width = tiles.shape
         for group, heads in self._runs:
             blocks = self.tables[group][:num_reqs, None, :width]
-            base = self.tile_base[heads, None]
-            torch.add(base, blocks, alpha=self.tile_stride, out=tiles[:, heads])
+            base = self.tiles.tile_base[heads, None]
+            torch.add(base, blocks, alpha=self.tiles.tile_stride, out=tiles[:, heads])
         tiles.clamp_(min=0)  # a padding id of -1
 
 

@@ -12,6 +12,16 @@ from typing import assert_never
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch
+from attn_backends.head_tables import (
+    HeadTables,
+    fold_out,
+    fold_prefill,
+    fold_prefill_rule,
+    fold_query,
+    fold_rule,
+    fold_selection,
+    unfold_prefill,
+)
 from attn_backends.ops.resolution import Ops
 from attn_backends.plan import Anchor, AnchorState, Dense, LayerPlan, Reuse, Selected
 from attn_backends.recall import SERVED, inherited_recall, own_recall, served_recall
@@ -200,6 +210,59 @@ class LayerStep:
         self._best(own, checked, best)
         served = state.recall[:, SERVED]
         served[rows] = torch.minimum(served[rows], served_recall(own.block_mass, given, best))
+
+
+@dataclass(frozen=True)
+class SplitLayerStep:
+    """As ``LayerStep``, for a layer whose KV heads keep different blocks: heads become rows.
+
+    Attributes:
+        step: with the pool's views, ``[num_tiles, 1, block_size, head_size]``, and ops that serve
+            layers of one KV head; its plan reads everything or a selection.
+        tables: of the layer's heads; all rows of the step.
+    """
+
+    step: LayerStep
+    tables: HeadTables
+
+    def attend(self, query: torch.Tensor, out: torch.Tensor) -> None:
+        """See ``LayerStep.attend``."""
+        num_decodes = self.step.batch.num_decodes
+        decode, prefill = self.step.batch.decode, self.step.batch.prefill
+        if decode is not None:
+            self._decode(decode, query[:num_decodes], out[:num_decodes])
+        if prefill is not None:
+            tokens = slice(num_decodes, num_decodes + prefill.num_tokens)
+            self._prefill(prefill, num_decodes, query[tokens], out[tokens])
+
+    def _decode(self, decode: PagedBatch, query: torch.Tensor, out: torch.Tensor) -> None:
+        heads, plan = self.tables.num_kv_heads, self.step.plan
+        way = plan.decode
+        if isinstance(way, Selected):
+            way = Selected(fold_selection(way.selection))
+        rule = None if plan.rule is None else fold_rule(plan.rule.rows(0, decode.num_reqs))
+        batch = StepBatch(self.tables.rows(0, decode.num_reqs).decode_batch(decode), None)
+        folded = replace(self.step, plan=LayerPlan(way, rule), batch=batch)
+        folded.attend(fold_query(query, heads), fold_out(out, heads))
+
+    def _prefill(
+        self, prefill: PagedBatch, first_row: int, query: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        last_row = first_row + prefill.num_reqs
+        rule = self.step.plan.rule
+        if rule is not None:
+            rule = fold_prefill_rule(rule.rows(first_row, last_row))
+        by_head = fold_prefill(query, self.tables.num_kv_heads)
+        result = torch.empty_like(by_head)
+        self.step.ops.paged_attention.run(
+            by_head,
+            *self.step.views,
+            self.tables.rows(first_row, last_row).prefill_batch(prefill),
+            rule,
+            self.step.scale,
+            result,
+        )
+        unfold_prefill(result, out)
 
 
 def _mapped(way: Reuse) -> BlockSelection:

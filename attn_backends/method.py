@@ -13,7 +13,8 @@ from attn_backends.batch import RowOptions
 from attn_backends.config import MethodConfig
 from attn_backends.plan import LayerSchedule, StepPlan
 from attn_backends.profile import ProfileSection
-from kvcache.retention import KeepAll, RetentionPolicy
+from kvcache.entries import KVEntry, layer_entries
+from kvcache.retention import KeepAll
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,11 @@ class Purpose(Enum):
     BOUND = "bound"  # how good a selection could be, saves nothing
 
 
-def _keep_all(config: MethodConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
-    return (KeepAll(),) * geometry.num_layers
+def keep_everything(
+    config: MethodConfig, schedule: LayerSchedule, geometry: Geometry
+) -> tuple[KVEntry, ...]:
+    """Entries of methods that forget nothing: one per layer that is not dropped."""
+    return layer_entries((KeepAll(),) * geometry.num_layers, schedule.dropped)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class SparseMethod:
         capabilities: what it reads and frees, and where it does not work.
         row_options: what a request may ask for itself, names under ``vllm_xargs``: ``sparse`` (on,
             off or a preset) and ``budget_tokens``.
-        retention: ``(config, geometry) -> `` the policy of each layer; default: all is kept.
+        entries: ``(config, schedule, geometry) -> `` what is cached, and what of it is kept.
         purpose: see ``Purpose``.
         reach: settings in tokens that add up to what a decode row reads in a sparse layer, as far
             as the config has them; evaluation varies the last.
@@ -121,7 +125,7 @@ class SparseMethod:
     make_selector: Callable[..., Selector]
     capabilities: Capabilities
     row_options: frozenset[str] = frozenset()
-    retention: Callable[..., tuple[RetentionPolicy, ...]] = _keep_all
+    entries: Callable[..., tuple[KVEntry, ...]] = keep_everything
     purpose: Purpose = Purpose.SERVING
     reach: tuple[str, ...] = ("budget_tokens",)
     profile_section: type[ProfileSection] | None = None

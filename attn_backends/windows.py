@@ -19,7 +19,9 @@ from attn_backends.plan import (
     Selected,
     StepPlan,
 )
-from kvcache.spans import BETA_UNIT, Span
+from kvcache.entries import KVEntry
+from kvcache.retention import KeepAll, RetentionPolicy, SpanRetention
+from kvcache.spans import BETA_UNIT, Span, everything
 
 
 class WindowLayers:
@@ -83,6 +85,37 @@ class _Windows:
         blocks.copy_(logical.masked_fill_(self._steps >= counts[:, :, None], -1))
         rule = self._rule.rows(0, rows.num_rows)
         return LayerPlan(Selected(BlockSelection(blocks, counts)), rule)
+
+
+def window_entries(schedule: LayerSchedule, num_kv_heads: int) -> tuple[KVEntry, ...]:
+    """What is kept where WINDOW layers free what no span shows and the others keep everything.
+
+    Args:
+        schedule: of WINDOW, DENSE and DROP layers.
+        num_kv_heads: of each layer.
+
+    Returns:
+        One entry per layer; one per KV head where the heads of some layer differ, since vLLM's
+        pages are equally large.
+    """
+    kept = {
+        layer: tuple(_retention(span) for span in schedule.spans[layer])
+        if layer in schedule.spans
+        else (KeepAll(),) * num_kv_heads
+        for layer, role in enumerate(schedule.roles)
+        if role is not LayerRole.DROP
+    }
+    if all(len({*policies}) == 1 for policies in kept.values()):
+        return tuple(KVEntry(layer, None, policies[0]) for layer, policies in kept.items())
+    return tuple(
+        KVEntry(layer, (head,), policy)
+        for layer, policies in kept.items()
+        for head, policy in enumerate(policies)
+    )
+
+
+def _retention(span: Span) -> RetentionPolicy:
+    return KeepAll() if span == everything() else SpanRetention(span)
 
 
 class WindowSelector:

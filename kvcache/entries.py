@@ -26,6 +26,22 @@ class KVEntry:
     policy: RetentionPolicy
 
 
+def layer_entries(
+    policies: Sequence[RetentionPolicy], dropped_layers: Collection[int] = ()
+) -> tuple[KVEntry, ...]:
+    """One entry per layer.
+
+    Args:
+        policies: of each layer.
+        dropped_layers: layers that cache nothing.
+    """
+    return tuple(
+        KVEntry(layer, None, policy)
+        for layer, policy in enumerate(policies)
+        if layer not in dropped_layers
+    )
+
+
 def check_entries(
     entries: Sequence[KVEntry],
     num_layers: int,

@@ -48,5 +48,5 @@ METHOD = SparseMethod(
         limits="a toy",
     ),
     row_options=ROW_OPTIONS,
-    retention=prompts_cached,
+    entries=prompts_cached,
 )

@@ -11,6 +11,9 @@ from attn_backends.methods import REGISTRY, load_method
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from attn_backends.plan import LayerSchedule
+    from kvcache.entries import KVEntry
+
 CONFIG_KEY = "vllm_ext"
 
 
@@ -75,3 +78,12 @@ def geometry_of(vllm_config: VllmConfig) -> Geometry:
         max_model_len=model.max_model_len,
         model_path=model.model,
     )
+
+
+def planned_entries(
+    method: SparseMethod, vllm_config: VllmConfig
+) -> tuple[tuple[KVEntry, ...], LayerSchedule, Geometry]:
+    """What the method caches under this configuration, and for which layers."""
+    config, geometry = method_config(vllm_config, method), geometry_of(vllm_config)
+    schedule = method.schedule(config, geometry)
+    return method.entries(config, schedule, geometry), schedule, geometry

@@ -13,7 +13,7 @@ key that does not know the content of a profile. The graph is thus the same what
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
-from attn_backends.adapter.impl import ExtAttentionImpl
+from attn_backends.adapter.entries import require_ours, split_layers
 from attn_backends.config import ConfigError
 
 if TYPE_CHECKING:
@@ -33,56 +33,54 @@ logger = logging.getLogger("vllm.vllm_ext")
 
 @contextmanager
 def unallocated(vllm_config: VllmConfig) -> Iterator[None]:
-    """While it lasts, vLLM sees the dropped layers as layers that share another's KV cache.
+    """While it lasts, vLLM sees dropped layers, and those whose heads have caches of their own
+    (entries.py), as layers that share another's KV cache.
 
     Args:
         vllm_config: names the method and its settings; its layers are constructed.
 
     Raises:
-        ConfigError: this rank's layers are all dropped, or a dropped one is not served by us.
+        ConfigError: this rank's layers are all dropped, or a dropped or split one is not served
+            by us.
     """
-    dropped, targets = _dropped_layers(vllm_config)
-    for layer, target in zip(dropped, targets, strict=True):
-        layer.kv_sharing_target_layer_name = target
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    targets = {name: entries[0].layer_name for name, entries in split_layers(vllm_config).items()}
+    dropped, kept = _dropped_layers(vllm_config, layers)
+    targets |= {name: targets.get(kept, kept) for name in dropped}
+    for name, target in targets.items():
+        layers[name].kv_sharing_target_layer_name = target
     try:
         yield
     finally:
-        for layer in dropped:
-            layer.kv_sharing_target_layer_name = None
+        for name in targets:
+            layers[name].kv_sharing_target_layer_name = None
 
 
-def _dropped_layers(vllm_config: VllmConfig) -> tuple[list[Attention], list[str]]:
-    """This rank's dropped layers, and for each the kept layer whose KV group it joins."""
+def _dropped_layers(
+    vllm_config: VllmConfig, layers: Mapping[str, Attention]
+) -> tuple[list[str], str]:
+    """This rank's dropped layers, and the kept layer whose KV group they join."""
     method = chosen_method(vllm_config)
     if method is None:
-        return [], []
+        return [], ""
     schedule = method.schedule(method_config(vllm_config, method), geometry_of(vllm_config))
     if not schedule.dropped:
-        return [], []
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
+        return [], ""
     index_of = {name: extract_layer_index(name) for name in layers}
-    kept = [name for name, index in index_of.items() if index not in schedule.dropped]
-    dropped = [layer for name, layer in layers.items() if name not in kept]
+    dropped = [name for name, index in index_of.items() if index in schedule.dropped]
+    kept = [name for name in layers if name not in dropped]
     if not kept:
         raise ConfigError(
             f"{method.name}: the profile drops every layer of this pipeline stage "
             f"({sorted(index_of.values())}); take one out of drop_layers"
         )
-    for layer in dropped:
-        _require_ours(layer, method.name)
-    if not all(layer.impl.is_dropped for layer in dropped):
-        _log(method.name, dropped)
-    for layer in dropped:
-        layer.impl.is_dropped = True
-    return dropped, [kept[0]] * len(dropped)
-
-
-def _require_ours(layer: Attention, method_name: str) -> None:
-    if not isinstance(layer.impl, ExtAttentionImpl):
-        raise ConfigError(
-            f"{method_name}: layer {layer.layer_name} is to be dropped, but "
-            f"{type(layer.impl).__name__} serves it; take it out of the profile's drop_layers"
-        )
+    for name in dropped:
+        require_ours(layers[name], method.name, "dropped; take it out of drop_layers")
+    if not all(layers[name].impl.is_dropped for name in dropped):
+        _log(method.name, [layers[name] for name in dropped])
+    for name in dropped:
+        layers[name].impl.is_dropped = True
+    return dropped, kept[0]
 
 
 def _log(method_name: str, dropped: list[Attention]) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
+from attn_backends.adapter.entries import HeadEntry, SplitCache
 from attn_backends.adapter.metadata import ExtMetadata
 from attn_backends.adapter.ops import engine_and_our_ops
 from attn_backends.config import ConfigError
+from attn_backends.head_tables import fold_keys
+from attn_backends.layer_step import SplitLayerStep
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.ops.resolution import ORDER_OF_DEVICE
 from kvcache.layout import PagedKVLayout, kv_views
@@ -59,21 +63,40 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         self._kv_cache: torch.Tensor | None = None
         self._views: tuple[torch.Tensor, torch.Tensor]
         self._cache_write: OpImpl
+        self._entries: tuple[HeadEntry, ...] = ()  # where heads have caches of their own
+        self._split: SplitCache | None = None
+
+    def split(self, entries: tuple[HeadEntry, ...]) -> None:
+        """The layer's heads are cached in these entries, whose caches are not bound yet."""
+        self._entries, self._split = entries, None
 
     def _cache_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # The engine binds one cache tensor per layer and keeps it; the views are made once.
         if kv_cache is not self._kv_cache:
-            _num_blocks, num_kv_heads, block_size, double_head = kv_cache.shape
-            device_type = kv_cache.device.type
-            order = ORDER_OF_DEVICE[device_type]
-            layout = PagedKVLayout(
-                1, block_size, num_kv_heads, double_head // 2, kv_cache.dtype, order
-            )
-            context = OpContext(layout, self.num_heads, device_type, with_rule=False)
-            self._cache_write = engine_and_our_ops(context, self._kernel).cache_write
-            self._views = kv_views(kv_cache, order)
+            self._cache_write = self._writer(kv_cache, self.num_heads)
+            self._views = kv_views(kv_cache, ORDER_OF_DEVICE[kv_cache.device.type])
             self._kv_cache = kv_cache
         return self._views
+
+    def _writer(self, kv_cache: torch.Tensor, num_query_heads: int) -> OpImpl:
+        _num_blocks, num_kv_heads, block_size, double_head = kv_cache.shape
+        device_type = kv_cache.device.type
+        order = ORDER_OF_DEVICE[device_type]
+        layout = PagedKVLayout(1, block_size, num_kv_heads, double_head // 2, kv_cache.dtype, order)
+        context = OpContext(layout, num_query_heads, device_type, with_rule=False)
+        return engine_and_our_ops(context, self._kernel).cache_write
+
+    def _split_cache(self, kv_cache: torch.Tensor) -> SplitCache:
+        """The layer's tiles, found when its entries have caches and metadata for the first time."""
+        if self._split is None or kv_cache is not self._kv_cache:
+            metadata = get_forward_context().attn_metadata
+            groups = [metadata[entry.layer_name].group for entry in self._entries]
+            order = ORDER_OF_DEVICE[kv_cache.device.type]
+            self._split = SplitCache(self._entries, groups, order)
+            group_size = self.num_heads // self.num_kv_heads
+            self._cache_write = self._writer(kv_cache[:, :1], group_size)
+            self._kv_cache = kv_cache
+        return self._split
 
     def do_kv_cache_update(
         self,
@@ -86,8 +109,13 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         """Writes this step's keys and values; ``[num_tokens, num_kv_heads, head_size]``."""
         if self.is_dropped:
             return  # ``kv_cache`` is another layer's
-        views = self._cache_views(kv_cache)
-        self._cache_write.run(key, value, *views, slot_mapping)
+        if not self._entries:
+            views = self._cache_views(kv_cache)
+            self._cache_write.run(key, value, *views, slot_mapping)
+            return
+        split = self._split_cache(kv_cache)
+        slots = split.slots(get_forward_context().slot_mapping)
+        self._cache_write.run(fold_keys(key), fold_keys(value), *split.views, slots)
 
     def forward(
         self,
@@ -107,15 +135,22 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             layer: the vLLM layer; its name selects the plan.
             query: ``[num_tokens, num_heads, head_size]``, possibly padded at the end.
             key, value: unused, already in the cache.
-            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
+            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``; of a layer whose
+                heads have caches of their own, the first one's.
             attn_metadata: None while the engine profiles.
             output: like ``query``; written in place.
             output_scale, output_block_scale: fused quantisation, not supported.
         """
         if attn_metadata is None or self.is_dropped:
             return output.zero_()
-        views = self._cache_views(kv_cache)
-        attn_metadata.step_of(layer.layer_name, views, self.scale).attend(query, output)
+        if not self._entries:
+            views = self._cache_views(kv_cache)
+            attn_metadata.step_of(layer.layer_name, views, self.scale).attend(query, output)
+            return output
+        split = self._split_cache(kv_cache)
+        step = attn_metadata.step_of(layer.layer_name, split.views, self.scale)
+        tables = split.tables(get_forward_context().attn_metadata, attn_metadata.buffers)
+        SplitLayerStep(step, tables).attend(query, output)
         return output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,8 +26,9 @@ from attn_backends.adapter.ops import engine_and_our_ops, op_context
 from attn_backends.adapter.planning import StepPlanner, shared_planner
 from attn_backends.batch import PagedBatch
 from attn_backends.config import ConfigError
+from attn_backends.head_tables import FoldBuffers
 from attn_backends.layer_step import LayerStep, StepBatch
-from attn_backends.method import SparseMethod
+from attn_backends.method import Geometry, SparseMethod
 from attn_backends.ops.resolution import Ops
 from attn_backends.plan import LayerPlan
 
@@ -46,12 +48,18 @@ class ExtMetadata(AttentionMetadata):
         layers: plans by the engine's layer name; dropped layers have none.
         narrowed_rows: decode rows of which anchors leave something out.
         ops: of layers without and with a token rule, which not every kernel has.
+        group: stands for the KV group.
+        block_table: of all rows, ``[num_reqs, max_blocks]``.
+        buffers: for layers whose heads have caches of their own.
     """
 
     batch: StepBatch
     layers: Mapping[str, LayerPlan]
     narrowed_rows: list[int]
     ops: tuple[Ops, Ops]
+    group: ExtMetadataBuilder
+    block_table: torch.Tensor
+    buffers: FoldBuffers
 
     def step_of(
         self, name: str, views: tuple[torch.Tensor, torch.Tensor], scale: float
@@ -91,17 +99,20 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention)
         if config.strict:
             _require_our_layers(layers, method)
-        # The spec knows this group's KV heads and blocks better than the model's config.
+        # Entries of single heads are never called: their builder says where blocks lie, no more.
+        self._layer_of = {name: extract_layer_index(name) for name in layer_names if name in layers}
+        sample = layers[next(iter(self._layer_of), next(iter(layers)))]
         geometry = replace(
             geometry_of(vllm_config),
-            num_kv_heads=kv_cache_spec.num_kv_heads,
-            num_query_heads=layers[layer_names[0]].num_heads,
+            num_kv_heads=sample.num_kv_heads,
+            num_query_heads=sample.num_heads,
             head_size=kv_cache_spec.head_size,
             block_size=kv_cache_spec.block_size,
         )
         schedule = method.schedule(config, geometry)
-        self._layer_of = {name: extract_layer_index(name) for name in layer_names}
         self._max_model_len = geometry.max_model_len
+        is_split = kv_cache_spec.num_kv_heads != sample.num_kv_heads
+        self._buffers = fold_buffers(geometry if is_split else None, device)
 
         def make_planner(is_first: bool) -> StepPlanner:
             # Every rank serves the same rows: one of them counts.
@@ -114,10 +125,11 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
 
         owner = next(iter(layers.values()))
         self._planner = shared_planner(owner, geometry, schedule, make_planner)
+        # Of as many heads as the spec: one, where heads have caches of their own.
+        num_query_heads = sample.num_heads // sample.num_kv_heads * kv_cache_spec.num_kv_heads
         plain, ruled = (
             engine_and_our_ops(
-                op_context(kv_cache_spec, geometry.num_query_heads, device, with_rule),
-                config.kernel,
+                op_context(kv_cache_spec, num_query_heads, device, with_rule), config.kernel
             )
             for with_rule in (False, bool(schedule.spans))
         )
@@ -146,20 +158,43 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
         )
-        lens_cpu = common.seq_lens_cpu_upper_bound
+        rows = StepBatch.split(batch, num_decodes, self._max_model_len)
+        return ExtMetadata(
+            rows,
+            *self._plans(batch, num_decodes, common.seq_lens_cpu_upper_bound),
+            self._ops,
+            self,
+            batch.block_table,
+            self._buffers,
+        )
+
+    def _plans(
+        self, batch: PagedBatch, num_decodes: int, seq_lens_cpu: torch.Tensor | None
+    ) -> tuple[dict[str, LayerPlan], list[int]]:
+        """Of this group's layers, and the step's narrowed rows."""
+        if not self._layer_of:
+            return {}, []
         plan = self._planner.plan(
             self,
             batch.seq_lens[:num_decodes],
-            None if lens_cpu is None else lens_cpu[:num_decodes],
+            None if seq_lens_cpu is None else seq_lens_cpu[:num_decodes],
             batch.num_reqs,
         )
-        layers = {
+        plans = {
             name: plan.layers[index]
             for name, index in self._layer_of.items()
             if index in plan.layers
         }
-        rows = StepBatch.split(batch, num_decodes, self._max_model_len)
-        return ExtMetadata(rows, layers, plan.narrowed_rows, self._ops)
+        return plans, plan.narrowed_rows
+
+
+@functools.cache
+def fold_buffers(geometry: Geometry | None, device: torch.device) -> FoldBuffers:
+    """For all split layers of this geometry: each overwrites them before its own launch."""
+    if geometry is None:
+        return FoldBuffers.of(0, 0, 0, device)
+    max_blocks = -(-geometry.max_model_len // geometry.block_size)
+    return FoldBuffers.of(geometry.max_num_reqs, geometry.num_kv_heads, max_blocks, device)
 
 
 def _require_our_layers(layers: dict[str, Attention], method: SparseMethod) -> None:

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from attn_backends.adapter.audit import with_audit
 from attn_backends.adapter.compat import unseeded_chunks
-from attn_backends.adapter.config import (
-    chosen_method,
-    engine_facts,
-    geometry_of,
-    method_config,
-)
+from attn_backends.adapter.config import chosen_method, engine_facts, method_config
 from attn_backends.adapter.dropping import unallocated
+from attn_backends.adapter.entries import policies_by_name
 from attn_backends.adapter.requests import BOOK
 from attn_backends.config import ConfigError
 from kvcache.adapter.specs import policies_of, policies_of_groups, with_policies
@@ -54,11 +49,10 @@ def retained_specs(
         return specs
     config = method_config(vllm_config, method)
     config.check(engine_facts(vllm_config, current_platform.device_type))
-    policies = method.retention(config, geometry_of(vllm_config))
     try:
         return with_policies(
             specs,
-            {name: policies[extract_layer_index(name)] for name in specs},
+            policies_by_name(vllm_config),
             in_flight_tokens=vllm_config.max_in_flight_tokens,
             max_model_len=vllm_config.model_config.max_model_len,
         )

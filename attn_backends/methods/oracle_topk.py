@@ -34,6 +34,6 @@ METHOD = SparseMethod(
         limits="slower than dense by design: the bound that others are measured against",
     ),
     row_options=ROW_OPTIONS,
-    retention=prompts_cached,
+    entries=prompts_cached,
     purpose=Purpose.BOUND,
 )

@@ -17,7 +17,6 @@ import torch
 from pydantic import Field
 
 from attn_backends.config import (
-    ConfigError,
     EngineFacts,
     MethodConfig,
     SettingError,
@@ -25,12 +24,12 @@ from attn_backends.config import (
     block_problem,
     one_of,
 )
-from attn_backends.method import Capabilities, Geometry, SparseMethod
+from attn_backends.method import Capabilities, Geometry, SparseMethod, keep_everything
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.profile import ProfileSection, load_profile, require_fit, require_placed
-from attn_backends.windows import WindowSelector
-from kvcache.retention import KeepAll, RetentionPolicy, SpanRetention
-from kvcache.spans import Span
+from attn_backends.windows import WindowSelector, window_entries
+from kvcache.entries import KVEntry
+from kvcache.spans import Span, everything
 
 RETENTION_CHOICES = ("evict", "keep_all")
 
@@ -99,23 +98,20 @@ def _section(config: SinkWindowConfig, geometry: Geometry) -> WindowSection:
 
 
 def _schedule(config: SinkWindowConfig, geometry: Geometry) -> LayerSchedule:
-    placed: dict[int, LayerRole] = {}
-    if config.profile:
-        section = _section(config, geometry)
-        if section.full_heads:
-            raise ConfigError(
-                f"profile {config.profile} has full_heads for layers {sorted(section.full_heads)}, "
-                "which this version does not serve yet: use full_layers"
-            )
-        placed = {
-            **dict.fromkeys(section.full_layers, LayerRole.DENSE),
-            **dict.fromkeys(section.drop_layers, LayerRole.DROP),
-        }
-    layers = range(geometry.num_layers)
-    roles = tuple(placed.get(layer, LayerRole.WINDOW) for layer in layers)
-    spans = (Span(config.sink_tokens, config.window_tokens),) * geometry.num_kv_heads
-    windowed = (layer for layer in layers if roles[layer] is LayerRole.WINDOW)
-    return LayerSchedule(roles, spans=dict.fromkeys(windowed, spans))
+    section = _section(config, geometry) if config.profile else WindowSection()
+    window = Span(config.sink_tokens, config.window_tokens)
+    heads = range(geometry.num_kv_heads)
+    roles, spans = [], {}
+    for layer in range(geometry.num_layers):
+        if layer in section.full_layers:
+            roles.append(LayerRole.DENSE)
+        elif layer in section.drop_layers:
+            roles.append(LayerRole.DROP)
+        else:
+            full = section.full_heads.get(layer, [])
+            roles.append(LayerRole.WINDOW)
+            spans[layer] = tuple(everything() if head in full else window for head in heads)
+    return LayerSchedule(tuple(roles), spans=spans)
 
 
 def _selector(
@@ -124,14 +120,12 @@ def _selector(
     return WindowSelector(schedule, geometry, device)
 
 
-def _retention(config: SinkWindowConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
+def _entries(
+    config: SinkWindowConfig, schedule: LayerSchedule, geometry: Geometry
+) -> tuple[KVEntry, ...]:
     if config.retention == "keep_all":
-        return (KeepAll(),) * geometry.num_layers
-    window = SpanRetention(Span(config.sink_tokens, config.window_tokens))
-    return tuple(
-        KeepAll() if role is LayerRole.DENSE else window
-        for role in _schedule(config, geometry).roles
-    )
+        return keep_everything(config, schedule, geometry)
+    return window_entries(schedule, geometry.num_kv_heads)
 
 
 METHOD = SparseMethod(
@@ -146,7 +140,7 @@ METHOD = SparseMethod(
         frees="all blocks between sinks and window, as they fall out of it",
         limits="cannot recall what lies between sinks and window",
     ),
-    retention=_retention,
+    entries=_entries,
     reach=("sink_tokens", "window_tokens"),
     profile_section=WindowSection,
 )

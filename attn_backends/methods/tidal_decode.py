@@ -29,7 +29,7 @@ import torch
 from pydantic import Field
 
 from attn_backends.batch import RowOptions
-from attn_backends.budget import PRESETS, ROW_OPTIONS, BudgetConfig, BudgetSelector, prompts_cached
+from attn_backends.budget import PRESETS, ROW_OPTIONS, BudgetConfig, BudgetSelector
 from attn_backends.config import POLICY_KEY, EngineFacts, SettingError, at_least, one_of
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import CHOOSING_ROLES, LayerRole, LayerSchedule
@@ -43,7 +43,8 @@ from attn_backends.profile import (
     require_placed,
     shipped_profile,
 )
-from kvcache.retention import RetentionPolicy
+from kvcache.entries import KVEntry, layer_entries
+from kvcache.retention import KeepAll
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -245,8 +246,11 @@ def _schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
     return composition.schedule.with_narrow_anchors()
 
 
-def _retention(config: TidalConfig, geometry: Geometry) -> tuple[RetentionPolicy, ...]:
-    return retention_of(config.policy, prompts_cached(config, geometry))
+def _entries(
+    config: TidalConfig, schedule: LayerSchedule, geometry: Geometry
+) -> tuple[KVEntry, ...]:
+    base = (KeepAll(caches_generated=False),) * geometry.num_layers
+    return layer_entries(retention_of(config.policy, base), schedule.dropped)
 
 
 def _base_schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
@@ -278,6 +282,6 @@ METHOD = SparseMethod(
         limits="needs a calibrated profile (vllm-ext profile); short contexts gain nothing",
     ),
     row_options=ROW_OPTIONS,
-    retention=_retention,
+    entries=_entries,
     profile_section=AnchorSection,
 )

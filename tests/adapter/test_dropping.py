@@ -12,26 +12,14 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.model_executor.layers.attention import Attention
-
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.impl import ExtAttentionImpl
 from attn_backends.config import ConfigError
 from attn_backends.plan import LayerRole, LayerSchedule
+from tests.adapter.layers import attention_layer
 from vllm_ext.platforms import selection
 
 NUM_LAYERS, DROPPED = 4, [0, 2]
-
-
-def _layer(index: int, impl_class: type) -> Any:
-    layer = Attention.__new__(Attention)
-    torch.nn.Module.__init__(layer)
-    layer.layer_name = f"model.layers.{index}.self_attn.attn"
-    layer.impl = impl_class.__new__(impl_class)
-    layer.impl.is_dropped = False
-    layer.kv_sharing_target_layer_name = None
-    layer.num_kv_heads, layer.head_size, layer.kv_cache_torch_dtype = 2, 64, torch.float32
-    return layer
 
 
 def _vllm_config(folder: Path, impl_class: type, present: range = range(NUM_LAYERS)) -> Any:
@@ -52,7 +40,7 @@ def _vllm_config(folder: Path, impl_class: type, present: range = range(NUM_LAYE
             }
         )
     )
-    layers = [_layer(index, impl_class) for index in present]
+    layers = [attention_layer(index, impl_class) for index in present]
     model_config = SimpleNamespace(
         get_total_num_hidden_layers=lambda: NUM_LAYERS,
         get_num_kv_heads=lambda parallel: 2,
@@ -106,7 +94,7 @@ def test_a_dropped_layer_neither_reads_nor_writes(tmp_path: Path) -> None:
 def test_what_cannot_be_dropped_is_refused(tmp_path: Path) -> None:
     foreign = type("StockImpl", (), {})
     with (
-        pytest.raises(ConfigError, match="StockImpl serves it"),
+        pytest.raises(ConfigError, match=r"StockImpl serves layer .* to be dropped"),
         unallocated(_vllm_config(tmp_path, foreign)),
     ):
         pass

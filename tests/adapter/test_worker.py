@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,26 +12,41 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from attn_backends.adapter.impl import ExtAttentionImpl
 from attn_backends.adapter.worker import RetainingWorker
 from attn_backends.config import ConfigError
 from kvcache.adapter.managers import register
+from tests.adapter.layers import attention_layer, layer_name
 
-NAMES = [f"model.layers.{layer}.self_attn.attn" for layer in range(4)]
+NAMES = [layer_name(index) for index in range(4)]
 FULL = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
 
 
 class _Stock:
     """What vLLM's worker does about the KV cache."""
 
+    vllm_config: VllmConfig
     given: Any = None
 
     def get_kv_cache_spec(self) -> dict[str, FullAttentionSpec]:
-        return dict.fromkeys(NAMES, FULL)
+        kind: Any = AttentionLayerBase
+        layers: dict[str, Any] = get_layers_from_vllm_config(self.vllm_config, kind)
+        self.shared = {
+            name: target
+            for name, layer in layers.items()
+            if (target := getattr(layer, "kv_sharing_target_layer_name", None))
+        }
+        return {
+            name: layer.get_kv_cache_spec(self.vllm_config)
+            for name, layer in layers.items()
+            if name not in self.shared
+        }
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         self.given = kv_cache_config
@@ -49,10 +66,16 @@ class _Worker(RetainingWorker, _Stock):
             additional_config=None if settings is None else {"vllm_ext": settings},
             attention_config=SimpleNamespace(backend=SimpleNamespace(name=backend)),
             model_config=model,
-            parallel_config=None,
+            parallel_config=SimpleNamespace(world_size=1),
             cache_config=SimpleNamespace(block_size=32),
             scheduler_config=SimpleNamespace(max_num_seqs=4),
             max_in_flight_tokens=256,
+            compilation_config=SimpleNamespace(
+                static_forward_context={
+                    name: attention_layer(index, ExtAttentionImpl)
+                    for index, name in enumerate(NAMES)
+                }
+            ),
         )
         self.vllm_config = config
 
@@ -95,3 +118,32 @@ def test_other_groups_are_refused_before_anything_is_allocated() -> None:
     with pytest.raises(ConfigError, match=r"SINK_WINDOW: entry model\.layers\.0.* in KV group 0"):
         worker.initialize_from_config(_grouped(dict.fromkeys(NAMES, FULL)))
     assert worker.given is None
+
+
+def test_heads_that_keep_different_blocks_are_entries_of_their_own(tmp_path: Path) -> None:
+    profile = {
+        "schema_version": 2,
+        "fingerprint": "0" * 64,
+        "model": "tiny",
+        "num_layers": len(NAMES),
+        "num_kv_heads": 2,
+        "methods": {"SINK_WINDOW": {"full_heads": {"1": [1]}, "full_layers": [2]}},
+        "calibration": {},
+    }
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(profile))
+    worker = _Worker("SINK_WINDOW", {"profile": str(path)})
+    specs: dict[str, Any] = dict(worker.get_kv_cache_spec())
+    # A page is as large for all: where one layer is split, all are.
+    assert set(specs) == {f"{name}.head{head}" for name in NAMES for head in (0, 1)}
+    assert worker.shared == {name: f"{name}.head0" for name in NAMES}
+    assert {spec.num_kv_heads for spec in specs.values()} == {1}
+    full = {f"{NAMES[1]}.head1", f"{NAMES[2]}.head0", f"{NAMES[2]}.head1"}
+    assert {name for name, spec in specs.items() if spec.policy.identity == "all"} == full
+    others = {spec.policy.identity for name, spec in specs.items() if name not in full}
+    assert others == {"sink64-window1024"}
+    layers: dict[str, Any] = worker.vllm_config.compilation_config.static_forward_context
+    assert all(layers[name].kv_sharing_target_layer_name is None for name in NAMES)
+    assert [entry.heads for entry in layers[NAMES[3]].impl._entries] == [(0,), (1,)]
+    assert worker.get_kv_cache_spec() == specs, "asked again, it makes the entries again"
+    worker.initialize_from_config(_grouped(specs))

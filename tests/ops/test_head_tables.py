@@ -11,6 +11,7 @@ from attn_backends.batch import SpanRule
 from attn_backends.head_tables import (
     FoldBuffers,
     HeadTables,
+    HeadTiles,
     fold_heads,
     fold_keys,
     fold_out,
@@ -127,7 +128,8 @@ def _fold(problem: Problem, group_of_head: tuple[int, ...], place: str) -> Folde
             padding[row, num_blocks:] = -1 if group else 0
     buffers = FoldBuffers.of(len(problem.keys) + 2, HEADS, table.shape[1] + 3, problem.device)
     bases = torch.tensor(base, dtype=torch.int32, device=problem.device)
-    heads = HeadTables(tuple(tables), group_of_head, bases, stride, layout.block_size, buffers)
+    tiles = HeadTiles(group_of_head, bases, stride, layout.block_size)
+    heads = HeadTables(tiles, tuple(tables), buffers)
     return Folded(heads, pool, layout.order)
 
 
@@ -219,7 +221,7 @@ def test_cache_write(impl: OpImpl, dtype: torch.dtype, groups: tuple[int, ...], 
         for raw in (problem.keys, problem.values)
     ]
     keys, values = (fold_keys(raw.to(problem.device)) for raw in padded)
-    impl.run(keys, values, *written.views, folded.tables.slots(tuple(mappings)))
+    impl.run(keys, values, *written.views, folded.tables.tiles.slots(tuple(mappings)))
     assert_bitwise_equal(written.pool, folded.pool)
 
 
@@ -234,8 +236,8 @@ def test_rows_of_one_step_are_folded_apart_and_decode_rows_into_the_same_memory(
     assert of_prefill.seq_lens.tolist() == [100] * HEADS
     assert of_prefill.query_start_loc.tolist() == [0, 7, 14, 21]
     assert (of_prefill.num_reqs, of_prefill.num_tokens) == (HEADS, 7 * HEADS)
-    for head, group in enumerate(tables.group_of_head):  # layers outermost: stride 1
-        blocks = of_prefill.block_table[head] - tables.tile_base[head]
+    for head, group in enumerate(tables.tiles.group_of_head):  # layers outermost: stride 1
+        blocks = of_prefill.block_table[head] - tables.tiles.tile_base[head]
         assert blocks.tolist() == tables.tables[group][2].tolist()
     before = first.block_table.clone()
     again = tables.rows(0, 2).decode_batch(decode)
@@ -269,5 +271,10 @@ def test_heads_need_a_base_and_a_table(
 ) -> None:
     table = torch.zeros(1, 4, dtype=torch.int32)
     buffers = FoldBuffers.of(1, len(groups), 4, torch.device("cpu"))
+
+    def make() -> HeadTables:
+        tiles = HeadTiles(groups, torch.tensor(bases, dtype=torch.int32), 1, 32)
+        return HeadTables(tiles, (table,), buffers)
+
     with pytest.raises(ValueError, match=message):
-        HeadTables((table,), groups, torch.tensor(bases, dtype=torch.int32), 1, 32, buffers)
+        make()

@@ -26,6 +26,8 @@ from attn_backends.profile import (
     require_fit,
     shipped_profile,
 )
+from kvcache.retention import KeepAll
+from kvcache.spans import Span, everything
 
 GEOMETRY = Geometry(
     num_layers=6,
@@ -149,11 +151,21 @@ def test_a_bad_section_of_windows_names_what_is_wrong(
     assert words in _refusal(SINK_WINDOW, _written(tmp_path, {"SINK_WINDOW": section}))
 
 
-def test_full_heads_are_read_but_not_served_yet(tmp_path: Path) -> None:
+def test_full_heads_see_everything_and_the_others_the_window(tmp_path: Path) -> None:
     path = _written(tmp_path, {"SINK_WINDOW": {"full_heads": {"4": [1], "0": [0]}}})
     section = load_profile(path).section("SINK_WINDOW", WindowSection)
     assert section.full_heads == {4: [1], 0: [0]}
-    assert "full_heads for layers [0, 4], which this version" in _refusal(SINK_WINDOW, path)
+    config = SINK_WINDOW.config_cls(profile=str(path))
+    schedule = SINK_WINDOW.schedule(config, GEOMETRY)
+    window, full = Span(64, 1024), everything()
+    assert schedule.spans[0] == (full, window)
+    assert schedule.spans[4] == (window, full)
+    assert schedule.spans[1] == (window, window)
+    entries = SINK_WINDOW.entries(config, schedule, GEOMETRY)
+    kept = [(one.layer, one.heads) for one in entries if one.policy == KeepAll()]
+    assert kept == [(0, (0,)), (4, (1,))]
+    keep_all = SINK_WINDOW.config_cls(profile=str(path), retention="keep_all")
+    assert {one.heads for one in SINK_WINDOW.entries(keep_all, schedule, GEOMETRY)} == {None}
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,14 @@ from attn_backends.adapter.config import (
     engine_facts,
     geometry_of,
     method_config,
+    planned_entries,
 )
 from attn_backends.adapter.requests import KEYS, parse_options
-from attn_backends.config import ConfigError, MethodConfig
+from attn_backends.config import ConfigError
 from attn_backends.method import SparseMethod
 from attn_backends.methods import load_method
+from attn_backends.plan import CHOOSING_ROLES
+from kvcache.entries import check_entries
 from vllm_ext import metrics
 
 if TYPE_CHECKING:
@@ -77,7 +80,7 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
     if vllm_config.model_config is not None and not reasons:
         # Asked for here already: a bad profile or policy must not wait for workers.
         schedule = method.schedule(config, geometry_of(vllm_config))
-        _check_groups(method, config, vllm_config)
+        _check_entries(method, vllm_config)
     _choose_worker(vllm_config, device_type, is_served=not reasons)
     _active.update(method=method, config=config, is_served=not reasons, schedule=schedule)
 
@@ -100,17 +103,35 @@ def _choose_worker(vllm_config: VllmConfig, device_type: str, is_served: bool) -
         parallel.worker_cls = WORKERS[device_type][2 if is_served else 1]
 
 
-def _check_groups(method: SparseMethod, config: MethodConfig, vllm_config: VllmConfig) -> None:
-    """Refuses what would give layers with different retention one KV group.
+def _check_entries(method: SparseMethod, vllm_config: VllmConfig) -> None:
+    """Refuses KV entries that vLLM, or this release, would not keep apart.
 
     Raises:
-        ConfigError: names the flag.
+        ConfigError: names the flag, or what the method would have to do.
     """
-    policies = method.retention(config, geometry_of(vllm_config))
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and len({*policies}) > 1:
+    entries, schedule, geometry = planned_entries(method, vllm_config)
+    try:
+        check_entries(entries, geometry.num_layers, geometry.num_kv_heads, schedule.dropped)
+    except ValueError as error:
+        raise ConfigError(f"{method.name}: {error}") from None
+    kinds = {entry.policy for entry in entries}
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and len(kinds) > 1:
         raise ConfigError(
-            f"{method.name} keeps different KV blocks in different layers, which "
+            f"{method.name} keeps different KV blocks in different layers or heads, which "
             "--disable-hybrid-kv-cache-manager rules out; drop that flag"
+        )
+    if all(entry.heads is None for entry in entries):
+        return
+    if choosing := schedule.of_role(*CHOOSING_ROLES):
+        raise ConfigError(
+            f"{method.name} chooses blocks in layers {list(choosing)}, which cannot be combined "
+            "with heads that keep different blocks; give each layer one retention"
+        )
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    if num_ranks > 1:
+        raise ConfigError(
+            f"{method.name} keeps different KV blocks in different heads of a layer, which is not "
+            f"supported with --tensor-parallel-size {num_ranks}; use 1, or a profile by layers"
         )
 
 
