@@ -1,173 +1,122 @@
 """Layers whose KV heads keep different blocks: every head is served as a row of its own.
 
 Each KV head then has the block table of its KV group, and its blocks are *tiles* of one pool
-``[num_tiles, 1, block_size, head_size]``: block ``b`` of head ``h`` is tile
-``tile_base[h] + tile_stride * b``. The kernels know nothing of it. They see ``R * H`` rows of one
-KV head, in (row, head) order for decode and in (head, row) order for prefill, where a row's query
+``[num_tiles, 1, block_size, head_size]``: block ``b`` of a head is tile
+``tile_base + tile_stride * b``. The kernels know nothing of it. They see ``R * H`` rows of one KV
+head, in (row, head) order for decode and in (head, row) order for prefill, where a row's query
 tokens must lie together; every row's arithmetic, and so its bits, are those of the layer unfolded.
+
+What layers share is made once per step (``HeadTables``), the rest by each (``HeadPlaces``).
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
 
+NO_SLOT = -(1 << 62)  # negative whatever base is added
+
 
 @dataclass(frozen=True)
-class FoldBuffers:
-    """Where decode rows are folded to: one per device for all layers with as many KV heads, since
-    each overwrites it before its own launch. Addresses stay, as CUDA graphs need it.
+class HeadRows:
+    """Rows of a step, once per KV head. Each layer writes its tiles before its own launch."""
+
+    batch: PagedBatch  # of R * H rows and one KV head
+    tile_offsets: torch.Tensor  # [R, num_groups, width] int32: tile_stride * block, by KV group
+    tiles: torch.Tensor  # [R, H, width] int32, the view of ``batch.block_table``
+
+
+@dataclass(frozen=True)
+class HeadTables:
+    """What the layers of one KV geometry share: sizes, and buffers whose addresses stay, as CUDA
+    graphs need it.
     """
 
+    num_kv_heads: int
+    block_size: int  # tokens
+    tile_stride: int  # tiles from a block of a head to its next
+    tile_offsets: torch.Tensor  # [max_num_reqs, num_groups, max_blocks] int32
+    slot_offsets: torch.Tensor  # [max_num_tokens, num_groups] int64
     tiles: torch.Tensor  # [max_num_reqs * num_kv_heads, max_blocks] int32
     seq_lens: torch.Tensor  # [max_num_reqs * num_kv_heads] int32
     query_start_loc: torch.Tensor  # [max_num_reqs * num_kv_heads + 1] int32: 0, 1, 2, ...
 
     @classmethod
     def of(
-        cls, max_num_reqs: int, num_kv_heads: int, max_blocks: int, device: torch.device
-    ) -> FoldBuffers:
-        """Buffers for rows of at most ``max_blocks`` blocks."""
+        cls,
+        num_kv_heads: int,
+        num_groups: int,
+        block_size: int,
+        tile_stride: int,
+        *,
+        max_num_reqs: int,
+        max_num_tokens: int,
+        max_blocks: int,
+        device: torch.device,
+    ) -> HeadTables:
+        """Buffers for steps of that size."""
         rows = max_num_reqs * num_kv_heads
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         return cls(
-            torch.zeros(rows, max_blocks, dtype=torch.int32, device=device),
-            torch.zeros(rows, dtype=torch.int32, device=device),
-            torch.arange(rows + 1, dtype=torch.int32, device=device),
+            num_kv_heads,
+            block_size,
+            tile_stride,
+            tile_offsets=zeros(max_num_reqs, num_groups, max_blocks),
+            slot_offsets=zeros(max_num_tokens, num_groups, dtype=torch.int64),
+            tiles=zeros(rows, max_blocks),
+            seq_lens=zeros(rows),
+            query_start_loc=torch.arange(rows + 1, dtype=torch.int32, device=device),
         )
 
-
-@dataclass(frozen=True)
-class HeadTiles:
-    """Where one layer's KV heads lie in the pool; fixed once caches are bound.
-
-    Attributes:
-        group_of_head: the KV group of each head, as an index into tables and slot mappings.
-        tile_base: ``[num_kv_heads]`` int32.
-        tile_stride: tiles from a head's block to its next.
-        block_size: tokens per block.
-
-    Raises:
-        ValueError: a head without a base.
-    """
-
-    group_of_head: tuple[int, ...]
-    tile_base: torch.Tensor
-    tile_stride: int
-    block_size: int
-
-    def __post_init__(self) -> None:
-        if len(self.tile_base) != self.num_kv_heads:
-            raise ValueError(
-                f"tile_base has {len(self.tile_base)} entries; group_of_head, {self.num_kv_heads}"
-            )
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Of the layer."""
-        return len(self.group_of_head)
-
-    def slots(self, slot_mappings: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Where ``cache_write`` puts ``fold_keys(key)`` in the pool.
+    def decode_rows(self, batch: PagedBatch, tables: Sequence[torch.Tensor]) -> HeadRows:
+        """Decode rows in (row, head) order, in the persistent buffers.
 
         Args:
-            slot_mappings: one per KV group, ``[num_tokens]`` int64, as in ``cache_write``.
-
-        Returns:
-            ``[num_tokens * num_kv_heads]`` int64; negative where the group's slot is.
+            batch: one query token per row; its ``block_table`` is not read. Where a graph captures
+                it, ``max_seq_len`` must bound what is replayed.
+            tables: one per KV group, ``[num_reqs, max_blocks]`` int32. What stands past a row's
+                blocks (0 or -1) is not read; it still becomes a tile of the pool.
         """
-        of_heads = torch.stack([slot_mappings[group] for group in self.group_of_head], dim=1)
-        tiles = self.tile_base + self.tile_stride * (of_heads // self.block_size)
-        slots = tiles * self.block_size + of_heads % self.block_size
-        return slots.masked_fill_(of_heads < 0, -1).flatten()
-
-
-@dataclass(frozen=True)
-class HeadTables:
-    """The block tables of one layer's KV heads in one step.
-
-    Attributes:
-        tiles: where the heads lie.
-        tables: one per KV group, ``[num_reqs, max_blocks]`` int32, all of one shape. What stands
-            past a row's blocks (0 or -1) is not read; it still becomes a tile of the pool.
-        buffers: of decode rows.
-
-    Raises:
-        ValueError: a head of a group without a table.
-    """
-
-    tiles: HeadTiles
-    tables: tuple[torch.Tensor, ...]
-    buffers: FoldBuffers
-
-    def __post_init__(self) -> None:
-        groups = self.tiles.group_of_head
-        if not set(groups) <= set(range(len(self.tables))):
-            raise ValueError(f"group_of_head is {groups}; there are {len(self.tables)} tables")
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Of the layer."""
-        return self.tiles.num_kv_heads
-
-    @cached_property
-    def _runs(self) -> tuple[tuple[int, slice], ...]:
-        """Neighbouring heads of one group, which one operation serves."""
-        runs, first = [], 0
-        for group, heads in itertools.groupby(self.tiles.group_of_head):
-            last = first + len(list(heads))
-            runs.append((group, slice(first, last)))
-            first = last
-        return tuple(runs)
-
-    def rows(self, first: int, last: int) -> HeadTables:
-        """The tables of rows ``[first, last)``, as ``PagedBatch.rows``, with the same buffers."""
-        return replace(self, tables=tuple(table[first:last] for table in self.tables))
-
-    def decode_batch(self, batch: PagedBatch) -> PagedBatch:
-        """Decode rows, once per KV head, in (row, head) order; the table holds tiles.
-
-        Of a batch that a graph captures, ``max_seq_len`` must bound what is replayed. Nothing is
-        allocated; the batch holds until the next layer's is made.
-
-        Args:
-            batch: of the rows of ``tables``, one query token each; its ``block_table`` is not read.
-        """
-        heads = self.num_kv_heads
-        num_rows, width = batch.num_reqs * heads, self._width(batch)
-        tiles, seq_lens = self.buffers.tiles[:num_rows], self.buffers.seq_lens[:num_rows]
-        self._write_tiles(tiles.view(batch.num_reqs, heads, -1)[..., :width])
+        heads, width = self.num_kv_heads, self._width(batch)
+        num_rows = batch.num_reqs * heads
+        offsets = self.tile_offsets[: batch.num_reqs, :, :width]
+        self._write_offsets(tables, offsets)
+        seq_lens, tiles = self.seq_lens[:num_rows], self.tiles[:num_rows, :width]
         seq_lens.view(batch.num_reqs, heads).copy_(batch.seq_lens[:, None])
-        return replace(
+        folded = replace(
             batch,
-            query_start_loc=self.buffers.query_start_loc[: num_rows + 1],
+            query_start_loc=self.query_start_loc[: num_rows + 1],
             seq_lens=seq_lens,
-            block_table=tiles[:, :width],
+            block_table=tiles,
             num_reqs=num_rows,
             num_tokens=num_rows,
         )
+        return HeadRows(folded, offsets, tiles.view(batch.num_reqs, heads, width))
 
-    def prefill_batch(self, batch: PagedBatch) -> PagedBatch:
-        """Rows of any number of query tokens, once per KV head, in (head, row) order: the batch of
-        ``fold_prefill(query)``. Freshly allocated.
+    def prefill_rows(self, batch: PagedBatch, tables: Sequence[torch.Tensor]) -> HeadRows:
+        """Rows of any number of query tokens in (head, row) order, as ``fold_prefill`` orders their
+        queries; freshly allocated.
 
         Args:
-            batch: of the rows of ``tables``; its ``num_tokens`` is exact, and its ``block_table``
-                is not read.
+            batch: its ``num_tokens`` is exact, and its ``block_table`` is not read.
+            tables: as in ``decode_rows``, of these rows.
         """
-        heads, rows = self.num_kv_heads, batch.num_reqs
-        device = batch.seq_lens.device
-        num_tokens = heads * batch.num_tokens
-        tiles = torch.empty(heads, rows, self._width(batch), dtype=torch.int32, device=device)
-        self._write_tiles(tiles.transpose(0, 1))
+        heads, rows, width = self.num_kv_heads, batch.num_reqs, self._width(batch)
+        device, num_tokens = batch.seq_lens.device, self.num_kv_heads * batch.num_tokens
+        offsets = self.tile_offsets.new_empty(rows, len(tables), width)
+        self._write_offsets(tables, offsets)
+        tiles = self.tiles.new_empty(heads, rows, width)
         starts = torch.full((heads * rows + 1,), num_tokens, dtype=torch.int32, device=device)
         first_tokens = torch.arange(heads, device=device)[:, None] * batch.num_tokens
         starts[:-1].view(heads, rows).copy_(batch.query_start_loc[:-1] + first_tokens)
-        return replace(
+        folded = replace(
             batch,
             query_start_loc=starts,
             seq_lens=batch.seq_lens.repeat(heads),
@@ -175,18 +124,78 @@ class HeadTables:
             num_reqs=heads * rows,
             num_tokens=num_tokens,
         )
+        return HeadRows(folded, offsets, tiles.transpose(0, 1))
+
+    def write_slots(self, slot_mappings: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What ``HeadPlaces.slots`` starts from, in the persistent buffer.
+
+        Args:
+            slot_mappings: one per KV group, ``[num_tokens]`` int64, as in ``cache_write``.
+
+        Returns:
+            ``[num_tokens, num_groups]`` int64: slots of a head whose tiles start at 0.
+        """
+        offsets = self.slot_offsets[: len(slot_mappings[0])]
+        for slots, into in zip(slot_mappings, offsets.unbind(1), strict=True):
+            in_block = slots % self.block_size
+            torch.mul(slots - in_block, self.tile_stride, out=into)
+            into.add_(in_block).masked_fill_(slots < 0, NO_SLOT)
+        return offsets
 
     def _width(self, batch: PagedBatch) -> int:
-        return min(self.tables[0].shape[1], -(-batch.max_seq_len // self.tiles.block_size))
+        return min(self.tiles.shape[1], -(-batch.max_seq_len // self.block_size))
 
-    def _write_tiles(self, tiles: torch.Tensor) -> None:
-        """Args: tiles: ``[num_reqs, num_kv_heads, width]`` int32, strided as it likes."""
-        num_reqs, _, width = tiles.shape
-        for group, heads in self._runs:
-            blocks = self.tables[group][:num_reqs, None, :width]
-            base = self.tiles.tile_base[heads, None]
-            torch.add(base, blocks, alpha=self.tiles.tile_stride, out=tiles[:, heads])
-        tiles.clamp_(min=0)  # a padding id of -1
+    def _write_offsets(self, tables: Sequence[torch.Tensor], offsets: torch.Tensor) -> None:
+        num_reqs, _, width = offsets.shape
+        for table, into in zip(tables, offsets.unbind(1), strict=True):
+            torch.mul(table[:num_reqs, :width], self.tile_stride, out=into)
+        offsets.clamp_(min=0)  # a padding id of -1
+
+
+class HeadPlaces:
+    """Where one layer's KV heads lie.
+
+    Args:
+        group_of_head: the KV group of each head, as an index into a step's tables.
+        tile_base: the tile of each head's block 0.
+        block_size: tokens per block.
+        device: of the tables.
+
+    Raises:
+        ValueError: a head without a base.
+    """
+
+    def __init__(
+        self,
+        group_of_head: Sequence[int],
+        tile_base: Sequence[int],
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        if len(group_of_head) != len(tile_base):
+            raise ValueError(
+                f"group_of_head has {len(group_of_head)} entries, tile_base {len(tile_base)}"
+            )
+        self._groups = torch.tensor(group_of_head, device=device)
+        self._slot_base = torch.tensor(tile_base, device=device) * block_size
+        self._tile_base = torch.tensor(tile_base, dtype=torch.int32, device=device)[:, None]
+
+    def batch(self, rows: HeadRows) -> PagedBatch:
+        """The rows with this layer's tiles; it holds until the next layer's is made."""
+        offsets = rows.tile_offsets.index_select(1, self._groups)
+        torch.add(offsets, self._tile_base, out=rows.tiles)
+        return rows.batch
+
+    def slots(self, slot_offsets: torch.Tensor) -> torch.Tensor:
+        """Where ``cache_write`` puts ``fold_keys(key)`` in the pool; negative for padding.
+
+        Args:
+            slot_offsets: of ``HeadTables.write_slots``.
+
+        Returns:
+            ``[num_tokens * num_kv_heads]`` int64.
+        """
+        return slot_offsets.index_select(1, self._groups).add_(self._slot_base).flatten()
 
 
 def fold_query(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
@@ -231,7 +240,7 @@ def fold_rule(rule: SpanRule | None) -> SpanRule | None:
 
 
 def fold_prefill_rule(rule: SpanRule | None) -> SpanRule | None:
-    """The rule of ``prefill_batch``."""
+    """The rule of ``HeadTables.prefill_rows``."""
     return None if rule is None else SpanRule(fold_heads(rule.values.transpose(0, 1).contiguous()))
 
 

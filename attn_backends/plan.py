@@ -224,6 +224,9 @@ class StepPlan:
         return [row for row, reason in enumerate(self.reasons) if reason.is_narrowed]
 
 
+NO_LAYERS = StepPlan({}, ())
+
+
 def reading_everything(plan: LayerPlan, row: int) -> LayerPlan:
     """The plan with a budget for everything in one row, for an audit of this step.
 

@@ -44,7 +44,7 @@ class AuditingRunner:
             return stock._model_forward(*args, **kwargs)
         served = context.attn_metadata
         first = next(iter(served.values()))
-        rows, num_tokens = first.narrowed_rows, first.batch.num_tokens
+        rows, num_tokens = first.plan.narrowed_rows, first.batch.num_tokens
         row = rows[self._audited_steps % len(rows)]
         self._audited_steps += 1
         context.attn_metadata = {name: _dense(metadata, row) for name, metadata in served.items()}
@@ -70,7 +70,7 @@ class AuditingRunner:
         first = next(iter(served.values()))
         if not isinstance(first, ExtMetadata):
             return False
-        if first.batch.prefill is not None or not first.narrowed_rows:
+        if first.batch.prefill is not None or not first.plan.narrowed_rows:
             return False
         return self._is_drawn()
 

@@ -11,19 +11,21 @@ Proven with vLLM's V1 runner on CPU. Not run on a GPU, and refused under tensor 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_layers_from_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
 from attn_backends.adapter.config import chosen_method, planned_entries
 from attn_backends.config import ConfigError
-from attn_backends.head_tables import FoldBuffers, HeadTables, HeadTiles
+from attn_backends.head_tables import HeadPlaces, HeadTables
+from attn_backends.layer_step import SplitRows
 from kvcache.layout import KVOrder, kv_views
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
+    from attn_backends.adapter.metadata import ExtMetadata
+    from attn_backends.method import Geometry
+    from attn_backends.plan import StepPlan
     from kvcache.retention import RetentionPolicy
 
 
@@ -44,6 +49,7 @@ class HeadEntry(AttentionLayerBase):
 
     def __init__(self, layer: Attention, heads: tuple[int, ...]) -> None:
         self.layer_name = entry_name(layer.layer_name, heads)
+        self.split_layer = layer.layer_name
         self.heads = heads
         self.impl = layer.impl
         # vLLM makes builders by query heads: entries and split layers never share one.
@@ -61,60 +67,98 @@ class HeadEntry(AttentionLayerBase):
         return replace(spec, num_kv_heads=len(self.heads))
 
 
-class SplitCache:
-    """The cache of a split layer: tiles of the pool that its entries' caches lie in.
+class SplitEngine:
+    """What the split layers of an engine share: the KV groups of their entries, and the rows of a
+    step by head, made by the first layer that asks.
 
     Args:
-        entries: of the layer, bound to their caches.
-        groups: the KV group of each; equal for those of one.
-        order: of the elements in a tile.
+        geometry: of the split layers.
+        max_num_tokens: of a step.
     """
 
-    def __init__(
-        self, entries: Sequence[HeadEntry], groups: Sequence[Hashable], order: KVOrder
-    ) -> None:
-        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        # An entry of each group: what vLLM says of it holds for the group.
-        self._spokesmen = tuple(entries[groups.index(group)].layer_name for group in numbers)
+    def __init__(self, geometry: Geometry, max_num_tokens: int) -> None:
+        self._geometry, self._max_num_tokens = geometry, max_num_tokens
+        self._group_of: dict[str, int] = {}  # by the entry's name
+        self._spokesmen: list[str] = []  # an entry of each group: what vLLM says of it holds for it
+        self._shared: HeadTables | None = None
+        self._plan: StepPlan | None = None  # of the step that the rest is of
+        self._rows: SplitRows | None = None
+        self._slots: torch.Tensor | None = None
+
+    def add_group(self, names: Sequence[str]) -> None:
+        """Told by the builder of each group of entries, when vLLM makes it."""
+        if names[0] in self._group_of:  # the KV cache is made anew
+            self._group_of, self._spokesmen, self._shared = {}, [], None
+        self._group_of |= dict.fromkeys(names, len(self._spokesmen))
+        self._spokesmen.append(names[0])
+
+    def cache_of(self, entries: Sequence[HeadEntry], order: KVOrder) -> SplitCache:
+        """The cache of a layer whose entries are bound.
+
+        Args:
+            entries: of the layer.
+            order: of the elements in a tile.
+        """
         first = entries[0].kv_cache
         block_size, double_head = first.shape[2:]
         tile_elements = block_size * double_head
-        by_head: dict[int, tuple[int, int]] = {}  # group and base
-        for entry, group in zip(entries, groups, strict=True):
+        if self._shared is None:
+            self._shared = HeadTables.of(
+                self._geometry.num_kv_heads,
+                len(self._spokesmen),
+                block_size,
+                first.stride(0) // tile_elements,
+                max_num_reqs=self._geometry.max_num_reqs,
+                max_num_tokens=self._max_num_tokens,
+                max_blocks=-(-self._geometry.max_model_len // block_size),
+                device=first.device,
+            )
+        by_head: dict[int, tuple[int, int]] = {}  # group and first tile
+        for entry in entries:
             base = entry.kv_cache.storage_offset() // tile_elements
             for index, head in enumerate(entry.heads):
-                by_head[head] = (numbers[group], base + index)
-        heads = [by_head[head] for head in sorted(by_head)]
-        self._tiles = HeadTiles(
-            group_of_head=tuple(group for group, _ in heads),
-            tile_base=torch.tensor(
-                [base for _, base in heads], dtype=torch.int32, device=first.device
-            ),
-            tile_stride=first.stride(0) // tile_elements,
-            block_size=block_size,
-        )
+                by_head[head] = (self._group_of[entry.layer_name], base + index)
+        groups, bases = zip(*(by_head[head] for head in sorted(by_head)), strict=True)
+        places = HeadPlaces(groups, bases, block_size, first.device)
         num_tiles = first.untyped_storage().nbytes() // first.element_size() // tile_elements
         shape = (num_tiles, 1, block_size, double_head)
         strides = (tile_elements, tile_elements, double_head, 1)
-        self.views = kv_views(first.as_strided(shape, strides, 0), order)
+        return SplitCache(places, kv_views(first.as_strided(shape, strides, 0), order))
 
-    def slots(self, slot_mappings: Any) -> torch.Tensor:
-        """Where keys go that are folded into tokens of one head; see ``HeadTiles.slots``.
+    def rows(self, step: ExtMetadata) -> SplitRows:
+        """The step's rows by head."""
+        self._begin(step)
+        if self._rows is None:
+            metadata: Any = get_forward_context().attn_metadata
+            tables = [metadata[name].block_table for name in self._spokesmen]
+            self._rows = SplitRows.of(step.batch, self._tables, tables)
+        return self._rows
 
-        Args:
-            slot_mappings: vLLM's of this step, by name.
-        """
-        return self._tiles.slots(tuple(slot_mappings[name] for name in self._spokesmen))
+    def slots(self, step: ExtMetadata) -> torch.Tensor:
+        """See ``HeadTables.write_slots``: of the step's tokens."""
+        self._begin(step)
+        if self._slots is None:
+            mappings: Any = get_forward_context().slot_mapping
+            self._slots = self._tables.write_slots([mappings[name] for name in self._spokesmen])
+        return self._slots
 
-    def tables(self, attn_metadata: Any, buffers: FoldBuffers) -> HeadTables:
-        """The heads' block tables in this step.
+    @property
+    def _tables(self) -> HeadTables:
+        if self._shared is None:
+            raise RuntimeError("a split layer was called before its cache was looked at")
+        return self._shared
 
-        Args:
-            attn_metadata: vLLM's of this step, by name.
-            buffers: see ``HeadTables``.
-        """
-        tables = tuple(attn_metadata[name].block_table for name in self._spokesmen)
-        return HeadTables(self._tiles, tables, buffers)
+    def _begin(self, step: ExtMetadata) -> None:
+        if step.plan is not self._plan:
+            self._plan, self._rows, self._slots = step.plan, None, None
+
+
+@dataclass(frozen=True)
+class SplitCache:
+    """The cache of one split layer: tiles of the pool that its entries' caches lie in."""
+
+    places: HeadPlaces
+    views: tuple[torch.Tensor, torch.Tensor]  # keys and values of the whole pool
 
 
 def entry_name(layer_name: str, heads: tuple[int, ...] | None) -> str:

@@ -8,7 +8,7 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from attn_backends.adapter.entries import HeadEntry, SplitCache
+from attn_backends.adapter.entries import HeadEntry, SplitCache, SplitEngine
 from attn_backends.adapter.metadata import ExtMetadata
 from attn_backends.adapter.ops import engine_and_our_ops
 from attn_backends.config import ConfigError
@@ -86,13 +86,9 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         context = OpContext(layout, num_query_heads, device_type, with_rule=False)
         return engine_and_our_ops(context, self._kernel).cache_write
 
-    def _split_cache(self, kv_cache: torch.Tensor) -> SplitCache:
-        """The layer's tiles, found when its entries have caches and metadata for the first time."""
+    def _split_cache(self, kv_cache: torch.Tensor, split: SplitEngine) -> SplitCache:
         if self._split is None or kv_cache is not self._kv_cache:
-            metadata = get_forward_context().attn_metadata
-            groups = [metadata[entry.layer_name].group for entry in self._entries]
-            order = ORDER_OF_DEVICE[kv_cache.device.type]
-            self._split = SplitCache(self._entries, groups, order)
+            self._split = split.cache_of(self._entries, ORDER_OF_DEVICE[kv_cache.device.type])
             group_size = self.num_heads // self.num_kv_heads
             self._cache_write = self._writer(kv_cache[:, :1], group_size)
             self._kv_cache = kv_cache
@@ -113,9 +109,11 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             views = self._cache_views(kv_cache)
             self._cache_write.run(key, value, *views, slot_mapping)
             return
-        split = self._split_cache(kv_cache)
-        slots = split.slots(get_forward_context().slot_mapping)
-        self._cache_write.run(fold_keys(key), fold_keys(value), *split.views, slots)
+        metadata: Any = get_forward_context().attn_metadata
+        step: ExtMetadata = metadata[self._entries[0].split_layer]
+        cache = self._split_cache(kv_cache, step.split)
+        slots = cache.places.slots(step.split.slots(step))
+        self._cache_write.run(fold_keys(key), fold_keys(value), *cache.views, slots)
 
     def forward(
         self,
@@ -147,10 +145,10 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             views = self._cache_views(kv_cache)
             attn_metadata.step_of(layer.layer_name, views, self.scale).attend(query, output)
             return output
-        split = self._split_cache(kv_cache)
-        step = attn_metadata.step_of(layer.layer_name, split.views, self.scale)
-        tables = split.tables(get_forward_context().attn_metadata, attn_metadata.buffers)
-        SplitLayerStep(step, tables).attend(query, output)
+        cache = self._split_cache(kv_cache, attn_metadata.split)
+        step = attn_metadata.step_of(layer.layer_name, cache.views, self.scale)
+        rows = attn_metadata.split.rows(attn_metadata)
+        SplitLayerStep(step, rows, cache.places).attend(query, output)
         return output
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,15 +21,15 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from attn_backends.adapter.config import geometry_of, method_config
 from attn_backends.adapter.counters import RowCounters
+from attn_backends.adapter.entries import SplitEngine
 from attn_backends.adapter.ops import engine_and_our_ops, op_context
 from attn_backends.adapter.planning import StepPlanner, shared_planner
 from attn_backends.batch import PagedBatch
 from attn_backends.config import ConfigError
-from attn_backends.head_tables import FoldBuffers
 from attn_backends.layer_step import LayerStep, StepBatch
-from attn_backends.method import Geometry, SparseMethod
+from attn_backends.method import SparseMethod
 from attn_backends.ops.resolution import Ops
-from attn_backends.plan import LayerPlan
+from attn_backends.plan import NO_LAYERS, LayerPlan, StepPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,20 +45,18 @@ class ExtMetadata(AttentionMetadata):
     Attributes:
         batch: the rows, with the group's block table.
         layers: plans by the engine's layer name; dropped layers have none.
-        narrowed_rows: decode rows of which anchors leave something out.
+        plan: of the step, for all groups.
         ops: of layers without and with a token rule, which not every kernel has.
-        group: stands for the KV group.
         block_table: of all rows, ``[num_reqs, max_blocks]``.
-        buffers: for layers whose heads have caches of their own.
+        split: of layers whose heads have caches of their own.
     """
 
     batch: StepBatch
     layers: Mapping[str, LayerPlan]
-    narrowed_rows: list[int]
+    plan: StepPlan
     ops: tuple[Ops, Ops]
-    group: ExtMetadataBuilder
     block_table: torch.Tensor
-    buffers: FoldBuffers
+    split: SplitEngine
 
     def step_of(
         self, name: str, views: tuple[torch.Tensor, torch.Tensor], scale: float
@@ -111,8 +108,6 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         )
         schedule = method.schedule(config, geometry)
         self._max_model_len = geometry.max_model_len
-        is_split = kv_cache_spec.num_kv_heads != sample.num_kv_heads
-        self._buffers = fold_buffers(geometry if is_split else None, device)
 
         def make_planner(is_first: bool) -> StepPlanner:
             # Every rank serves the same rows: one of them counts.
@@ -121,10 +116,14 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             is_counting = is_first and parallel.rank == 0
             counters = RowCounters(method.name, engine) if is_counting else None
             selector = method.make_selector(config, schedule, geometry, device)
-            return StepPlanner(selector, schedule, counters)
+            max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            split = SplitEngine(geometry, max_num_tokens)
+            return StepPlanner(selector, schedule, counters, split)
 
         owner = next(iter(layers.values()))
         self._planner = shared_planner(owner, geometry, schedule, make_planner)
+        if not self._layer_of:
+            self._planner.split.add_group(layer_names)
         # Of as many heads as the spec: one, where heads have caches of their own.
         num_query_heads = sample.num_heads // sample.num_kv_heads * kv_cache_spec.num_kv_heads
         plain, ruled = (
@@ -158,43 +157,27 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
         )
+        plan = self._plan(batch, num_decodes, common.seq_lens_cpu_upper_bound)
+        layers = {
+            name: plan.layers[index]
+            for name, index in self._layer_of.items()
+            if index in plan.layers
+        }
         rows = StepBatch.split(batch, num_decodes, self._max_model_len)
-        return ExtMetadata(
-            rows,
-            *self._plans(batch, num_decodes, common.seq_lens_cpu_upper_bound),
-            self._ops,
-            self,
-            batch.block_table,
-            self._buffers,
-        )
+        split = self._planner.split
+        return ExtMetadata(rows, layers, plan, self._ops, batch.block_table, split)
 
-    def _plans(
+    def _plan(
         self, batch: PagedBatch, num_decodes: int, seq_lens_cpu: torch.Tensor | None
-    ) -> tuple[dict[str, LayerPlan], list[int]]:
-        """Of this group's layers, and the step's narrowed rows."""
+    ) -> StepPlan:
         if not self._layer_of:
-            return {}, []
-        plan = self._planner.plan(
+            return NO_LAYERS
+        return self._planner.plan(
             self,
             batch.seq_lens[:num_decodes],
             None if seq_lens_cpu is None else seq_lens_cpu[:num_decodes],
             batch.num_reqs,
         )
-        plans = {
-            name: plan.layers[index]
-            for name, index in self._layer_of.items()
-            if index in plan.layers
-        }
-        return plans, plan.narrowed_rows
-
-
-@functools.cache
-def fold_buffers(geometry: Geometry | None, device: torch.device) -> FoldBuffers:
-    """For all split layers of this geometry: each overwrites them before its own launch."""
-    if geometry is None:
-        return FoldBuffers.of(0, 0, 0, device)
-    max_blocks = -(-geometry.max_model_len // geometry.block_size)
-    return FoldBuffers.of(geometry.max_num_reqs, geometry.num_kv_heads, max_blocks, device)
 
 
 def _require_our_layers(layers: dict[str, Attention], method: SparseMethod) -> None:

@@ -17,10 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from attn_backends.adapter.counters import RowCounters
+from attn_backends.adapter.entries import SplitEngine
 from attn_backends.adapter.requests import BOOK
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry, Selector, StepRows
-from attn_backends.plan import LayerSchedule, StepPlan
+from attn_backends.plan import NO_LAYERS, LayerSchedule, StepPlan
 
 Shape = tuple[int, int]  # KV heads and tokens per block: what layers that share a plan agree in
 
@@ -32,17 +33,23 @@ class StepPlanner:
         selector: of the method.
         schedule: of the layers.
         counters: None where another planner or rank counts the same rows.
+        split: of the same layers.
     """
 
     def __init__(
-        self, selector: Selector, schedule: LayerSchedule, counters: RowCounters | None
+        self,
+        selector: Selector,
+        schedule: LayerSchedule,
+        counters: RowCounters | None,
+        split: SplitEngine,
     ) -> None:
+        self.split = split
         self._selector = selector
         self._narrows_decode_only = schedule.narrows_decode_only
         self._counters = counters
         self._ended = BOOK.ended_requests()
         self._served: set[int] = set()  # builders that have this step's plan
-        self._plan = StepPlan({}, ())
+        self._plan = NO_LAYERS
 
     def plan(
         self,

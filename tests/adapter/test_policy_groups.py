@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from attn_backends.adapter.entries import SplitEngine
 from attn_backends.adapter.planning import _PLANNERS, StepPlanner, shared_planner
 from attn_backends.budget import BudgetConfig, BudgetSelector
 from attn_backends.config import ConfigError
@@ -50,7 +51,8 @@ class _Counters:
 
 
 def _make(schedule: LayerSchedule = REUSING, counters: Any = None) -> StepPlanner:
-    return StepPlanner(BudgetSelector(BudgetConfig(), schedule, GEOMETRY, CPU), schedule, counters)
+    selector = BudgetSelector(BudgetConfig(), schedule, GEOMETRY, CPU)
+    return StepPlanner(selector, schedule, counters, SplitEngine(GEOMETRY, 64))
 
 
 def test_builders_of_one_engine_share_a_planner_and_engines_do_not() -> None:

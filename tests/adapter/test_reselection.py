@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from attn_backends.adapter.entries import SplitEngine
 from attn_backends.adapter.planning import StepPlanner
 from attn_backends.adapter.requests import BOOK
 from attn_backends.batch import RowOptions
@@ -24,7 +25,7 @@ def test_the_planner_tells_due_rows_by_request(monkeypatch: pytest.MonkeyPatch) 
     config = TidalConfig(reselect_steps=8, min_context_tokens=0, recall_floor=0.5)
     schedule = METHOD.schedule(config, geometry)
     selector = METHOD.make_selector(config, schedule, geometry, CPU)
-    planner = StepPlanner(selector, schedule, counters=None)
+    planner = StepPlanner(selector, schedule, None, SplitEngine(geometry, 64))
     anchor = schedule.of_role(LayerRole.SELF)[0]
     ids, asked = ["a", "b", "c"], dict[int, RowOptions]()
     monkeypatch.setattr(BOOK, "row_ids", lambda: ids)

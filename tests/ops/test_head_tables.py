@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from attn_backends.batch import SpanRule
+from attn_backends.batch import PagedBatch, SpanRule
 from attn_backends.head_tables import (
-    FoldBuffers,
+    HeadPlaces,
     HeadTables,
-    HeadTiles,
     fold_heads,
     fold_keys,
     fold_out,
@@ -40,6 +39,7 @@ from tests.ops.builders import (
 )
 from tests.tolerances import assert_bitwise_equal
 
+CPU = torch.device("cpu")
 HEADS, GROUP = 3, 3
 UGLY_SEQ_LENS = (1, 31, 33, 64, 127, 300)
 QUERY_LENS = (1, 31, 0, 17, 1, 40)
@@ -72,7 +72,9 @@ def _cases(implementations: list[OpImpl]) -> pytest.MarkDecorator:
 class Folded:
     """A problem's content in a pool of tiles, under a table per KV group."""
 
-    tables: HeadTables
+    heads: HeadTables
+    tables: list[torch.Tensor]  # one per KV group
+    places: HeadPlaces
     pool: torch.Tensor  # [num_tiles, 1, block_size, 2 * head_size]
     order: KVOrder
 
@@ -80,6 +82,10 @@ class Folded:
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values."""
         return kv_views(self.pool, self.order)
+
+    def decode(self, batch: PagedBatch) -> PagedBatch:
+        """The batch folded."""
+        return self.places.batch(self.heads.decode_rows(batch, self.tables))
 
 
 def _problem(impl: OpImpl, dtype: torch.dtype, query_lens: tuple[int, ...]) -> Problem:
@@ -126,11 +132,18 @@ def _fold(problem: Problem, group_of_head: tuple[int, ...], place: str) -> Folde
             value_cache[tiles, 0] = problem.value_cache[blocks, head]
         for group, padding in enumerate(tables):
             padding[row, num_blocks:] = -1 if group else 0
-    buffers = FoldBuffers.of(len(problem.keys) + 2, HEADS, table.shape[1] + 3, problem.device)
-    bases = torch.tensor(base, dtype=torch.int32, device=problem.device)
-    tiles = HeadTiles(group_of_head, bases, stride, layout.block_size)
-    heads = HeadTables(tiles, tuple(tables), buffers)
-    return Folded(heads, pool, layout.order)
+    heads = HeadTables.of(
+        HEADS,
+        num_groups,
+        layout.block_size,
+        stride,
+        max_num_reqs=len(problem.keys) + 2,
+        max_num_tokens=sum(UGLY_SEQ_LENS) + 2,
+        max_blocks=table.shape[1] + 3,
+        device=problem.device,
+    )
+    places = HeadPlaces(group_of_head, base, layout.block_size, problem.device)
+    return Folded(heads, tables, places, pool, layout.order)
 
 
 def _rule(problem: Problem, span: Span | None) -> SpanRule | None:
@@ -152,7 +165,7 @@ def test_sparse_decode(
     impl.run(
         fold_query(query, HEADS),
         *folded.views,
-        folded.tables.decode_batch(problem.batch),
+        folded.decode(problem.batch),
         fold_selection(selection),
         fold_rule(rule),
         scale,
@@ -177,7 +190,7 @@ def test_anchor_decode_and_its_masses(
     impl.run(
         fold_query(wide, HEADS),
         *folded.views,
-        folded.tables.decode_batch(problem.batch),
+        folded.decode(problem.batch),
         problem.scale,
         fold_out(out, HEADS),
         fold_heads(mass),
@@ -197,7 +210,7 @@ def test_prefill_chunks_beside_decode_rows(
     caches = (problem.key_cache, problem.value_cache)
     impl.run(problem.query, *caches, problem.batch, rule, scale, expected)
     folded = _fold(problem, groups, place)
-    batch = folded.tables.prefill_batch(problem.batch)
+    batch = folded.places.batch(folded.heads.prefill_rows(problem.batch, folded.tables))
     query = fold_prefill(problem.query, HEADS)
     folded_out = torch.full_like(query, torch.nan)
     impl.run(query, *folded.views, batch, fold_prefill_rule(rule), scale, folded_out)
@@ -212,7 +225,7 @@ def test_cache_write(impl: OpImpl, dtype: torch.dtype, groups: tuple[int, ...], 
     written = replace(folded, pool=torch.full_like(folded.pool, torch.nan))
     block_size = problem.layout.block_size
     mappings = []
-    for table in folded.tables.tables:
+    for table in folded.tables:
         rows = zip(table, problem.keys, strict=True)
         slots = [slots_of(blocks, len(keys), block_size) for blocks, keys in rows]
         mappings.append(torch.cat([*slots, torch.tensor([-1, -1])]).to(problem.device))
@@ -221,60 +234,56 @@ def test_cache_write(impl: OpImpl, dtype: torch.dtype, groups: tuple[int, ...], 
         for raw in (problem.keys, problem.values)
     ]
     keys, values = (fold_keys(raw.to(problem.device)) for raw in padded)
-    impl.run(keys, values, *written.views, folded.tables.tiles.slots(tuple(mappings)))
+    impl.run(keys, values, *written.views, folded.places.slots(folded.heads.write_slots(mappings)))
     assert_bitwise_equal(written.pool, folded.pool)
 
 
 def test_rows_of_one_step_are_folded_apart_and_decode_rows_into_the_same_memory() -> None:
     problem = make_problem((64, 40, 100), (1, 1, 7), HEADS, HEADS)
-    tables = _fold(problem, (0, 1, 0), "layers outermost").tables
-    decode, prefill = (problem.batch.rows(0, 2, 0, 2), problem.batch.rows(2, 3, 2, 9))
-    first = tables.rows(0, 2).decode_batch(replace(decode, max_query_len=1))
+    folded = _fold(problem, (0, 1, 0), "layers outermost")
+    decode, prefill = problem.batch.rows(0, 2, 0, 2), problem.batch.rows(2, 3, 2, 9)
+    of_prefill = folded.heads.prefill_rows(prefill, [table[2:] for table in folded.tables])
+    first = folded.decode(decode)
     assert first.seq_lens.tolist() == [64] * HEADS + [40] * HEADS
     assert first.query_start_loc.tolist() == list(range(2 * HEADS + 1))
-    of_prefill = tables.rows(2, 3).prefill_batch(prefill)
-    assert of_prefill.seq_lens.tolist() == [100] * HEADS
-    assert of_prefill.query_start_loc.tolist() == [0, 7, 14, 21]
-    assert (of_prefill.num_reqs, of_prefill.num_tokens) == (HEADS, 7 * HEADS)
-    for head, group in enumerate(tables.tiles.group_of_head):  # layers outermost: stride 1
-        blocks = of_prefill.block_table[head] - tables.tiles.tile_base[head]
-        assert blocks.tolist() == tables.tables[group][2].tolist()
     before = first.block_table.clone()
-    again = tables.rows(0, 2).decode_batch(decode)
+    batch = folded.places.batch(of_prefill)
+    assert batch.seq_lens.tolist() == [100] * HEADS
+    assert batch.query_start_loc.tolist() == [0, 7, 14, 21]
+    assert (batch.num_reqs, batch.num_tokens) == (HEADS, 7 * HEADS)
+    again = folded.decode(decode)
     assert again.block_table.data_ptr() == first.block_table.data_ptr()
     assert again.seq_lens.data_ptr() == first.seq_lens.data_ptr()
     assert torch.equal(again.block_table, before)
 
 
+def test_layers_share_a_steps_rows_and_place_them_one_after_another() -> None:
+    problem = make_problem((64,), (1,), 2, 2)
+    tables = [torch.tensor([[5, 7]], dtype=torch.int32), torch.tensor([[2, 1]], dtype=torch.int32)]
+    heads = HeadTables.of(2, 2, 32, 3, max_num_reqs=1, max_num_tokens=1, max_blocks=4, device=CPU)
+    rows = heads.decode_rows(problem.batch, tables)
+    slots = heads.write_slots([torch.tensor([7 * 32 + 9]), torch.tensor([1 * 32 + 9])])
+    for groups, bases in (((0, 1), (0, 2)), ((1, 1), (0, 1))):
+        places = HeadPlaces(groups, bases, 32, CPU)
+        expected = [
+            [base + 3 * block for block in tables[group][0].tolist()]
+            for group, base in zip(groups, bases, strict=True)
+        ]
+        assert places.batch(rows).block_table.tolist() == expected
+        assert places.slots(slots).tolist() == [32 * tiles[1] + 9 for tiles in expected]
+
+
 def test_only_the_columns_of_the_longest_row_are_made_and_padding_stays_in_the_pool() -> None:
     problem = make_problem((64, 300), (1, 1), HEADS, HEADS)
     folded = _fold(problem, (0, 1, 1), "blocks outermost")  # the second group pads with -1
-    batch = folded.tables.decode_batch(problem.batch)
+    batch = folded.decode(problem.batch)
     assert batch.block_table.shape == (2 * HEADS, 10)
     assert int(batch.block_table.min()) >= 0
     assert int(batch.block_table.max()) < len(folded.pool)
-    short = folded.tables.rows(0, 1).decode_batch(
-        replace(problem.batch.rows(0, 1, 0, 1), max_seq_len=64)
-    )
+    short = folded.decode(replace(problem.batch.rows(0, 1, 0, 1), max_seq_len=64))
     assert short.block_table.shape == (HEADS, 2)
 
 
-@pytest.mark.parametrize(
-    ("groups", "bases", "message"),
-    [
-        ((0, 0, 0), [0, 1], "tile_base has 2 entries; group_of_head, 3"),
-        ((0, 1), [0, 1], r"group_of_head is \(0, 1\); there are 1 tables"),
-    ],
-)
-def test_heads_need_a_base_and_a_table(
-    groups: tuple[int, ...], bases: list[int], message: str
-) -> None:
-    table = torch.zeros(1, 4, dtype=torch.int32)
-    buffers = FoldBuffers.of(1, len(groups), 4, torch.device("cpu"))
-
-    def make() -> HeadTables:
-        tiles = HeadTiles(groups, torch.tensor(bases, dtype=torch.int32), 1, 32)
-        return HeadTables(tiles, (table,), buffers)
-
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_every_head_needs_a_base() -> None:
+    with pytest.raises(ValueError, match="group_of_head has 3 entries, tile_base 2"):
+        HeadPlaces((0, 1, 0), (0, 1), 32, CPU)
