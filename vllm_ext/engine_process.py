@@ -1,25 +1,16 @@
-"""An engine in a process of its own, driven by JSON lines; for benchmarks and evaluation.
-
-vLLM keeps process-wide state, so that two engines to compare need two processes.
-"""
+"""An engine in a process of its own; for benchmarks and evaluation."""
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from attn_backends.profile import read_model_config
-from vllm_ext.errors import UserError
+from vllm_ext.child import Child, Parent, quiet_environment
 
-_MARK = "@@vllm-ext "
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -62,28 +53,12 @@ class EngineProcess:
 
     def __init__(self, name: str, engine: dict[str, Any], env: dict[str, str | None]) -> None:
         self.name = name
-        full_env: dict[str, str | None] = dict(os.environ)
-        full_env |= {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"} | env
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_ext.engine_process", json.dumps(engine)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env={key: value for key, value in full_env.items() if value is not None},
-        )
-        self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(_MARK):
-                answer: dict[str, Any] = json.loads(line.removeprefix(_MARK))
-                return answer
-        self._log.seek(0)
-        tail = "".join(self._log.readlines()[-25:])
-        raise UserError(f"the {self.name} engine ended; the end of its log:\n{tail}")
+        self._child = Child(f"{name} engine", "vllm_ext.engine_process", quiet_environment(env))
+        try:
+            self._child.ask(engine)
+        except BaseException:
+            self._child.close()
+            raise
 
     def generate(
         self,
@@ -106,50 +81,48 @@ class EngineProcess:
         return scores
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return self._answer()
+        answer: dict[str, Any] = self._child.ask(request)
+        return answer
 
     def close(self) -> None:
         """Stops the engine."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._log.close()
+        self._child.close()
 
 
-def _serve(engine: dict[str, Any]) -> None:
-    """Answers requests from standard input until it closes."""
-    from vllm import LLM, SamplingParams
+def _serve(parent: Parent) -> None:
+    """The first request makes the engine, the others generate."""
+    requests = iter(parent)
+    engine = next(requests)
+    from vllm import LLM
 
     llm = LLM(**engine)
-    print(_MARK + json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-        params = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=request["max_tokens"],
-                ignore_eos=True,
-                detokenize=False,
-                extra_args=extra_args,
-                prompt_logprobs=0 if request.get("scores_prompts") else None,
-            )
-            for extra_args in request.get("extra_args") or [None] * len(prompts)
-        ]
-        started = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        answer = {
-            "seconds": time.perf_counter() - started,
-            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-            "forced": _forced() if engine.get("logits_processors") else {},
-            "scores": [_scores(output) for output in outputs if output.prompt_logprobs],
-        }
-        print(_MARK + json.dumps(answer), flush=True)
+    parent.answer("ready")
+    for request in requests:
+        parent.answer(_generate(llm, request) | {"forced": _forced(engine)})
+
+
+def _generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=request["max_tokens"],
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra_args,
+            prompt_logprobs=0 if request.get("scores_prompts") else None,
+        )
+        for extra_args in request.get("extra_args") or [None] * len(prompts)
+    ]
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return {
+        "seconds": time.perf_counter() - started,
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "scores": [_scores(output) for output in outputs if output.prompt_logprobs],
+    }
 
 
 def _scores(output: Any) -> list[float]:
@@ -160,7 +133,9 @@ def _scores(output: Any) -> list[float]:
     ]
 
 
-def _forced() -> dict[str, Any]:
+def _forced(engine: dict[str, Any]) -> dict[str, Any]:
+    if not engine.get("logits_processors"):
+        return {}
     from vllm_ext.forcing import ForcingProcessor
 
     found = dict(ForcingProcessor.results)
@@ -169,4 +144,4 @@ def _forced() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _serve(json.loads(sys.argv[1]))
+    _serve(Parent())

@@ -1,22 +1,19 @@
-"""vLLM's ``vllm bench serve`` in a process of its own, driven by JSON lines.
+"""vLLM's ``vllm bench serve`` in a process of its own.
 
 The CPU wheel's ``vllm`` command cannot be used (it crashes on a metadata look-up), and
 importing it takes ten seconds, so that one process runs all cells of an arm.
 
-A line on standard input is a list of command-line words of ``vllm bench serve``; the answer is
-a marked line on standard output: ``{"result": {...}}`` or ``{"failure": "..."}``. What the
-benchmark prints itself goes to standard error.
+A request is a list of command-line words of ``vllm bench serve``; the answer is
+``{"result": {...}}`` or ``{"failure": "..."}``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 import traceback
 from typing import Any
 
-MARK = "@@vllm-ext-bench "
+from vllm_ext.child import Parent
+
 # Lists that nobody reads here and that may hold megabytes of text.
 _LEFT_OUT = ("generated_texts", "start_times", "queue_times", "ttfts", "itls", "latencies")
 
@@ -34,13 +31,10 @@ def _answer(words: list[str]) -> dict[str, Any]:
     return {"result": {key: value for key, value in result.items() if key not in _LEFT_OUT}}
 
 
-def main() -> None:
-    """Answers until standard input closes."""
-    for line in sys.stdin:
-        with contextlib.redirect_stdout(sys.stderr):
-            answer = _answer(json.loads(line))
-        print(MARK + json.dumps(answer, default=float), flush=True)
+def _main(parent: Parent) -> None:
+    for words in parent:
+        parent.answer(_answer(words))
 
 
 if __name__ == "__main__":
-    main()
+    _main(Parent())

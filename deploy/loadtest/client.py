@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
-import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.loadtest.bench_serve import MARK
 from deploy.loadtest.grid import CHUNK_TOKENS
+from vllm_ext.child import Child
+from vllm_ext.errors import UserError
 
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
 PERCENTILES = (50, 90, 95, 99)
@@ -84,8 +80,7 @@ class BenchClient:
 
     def __init__(self, env: dict[str, str]) -> None:
         self._env = env
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
-        self._process: subprocess.Popen[str] | None = None
+        self._child: Child | None = None
 
     def run(self, target: Target, lines: list[str], max_in_flight: int, limit_s: float) -> Any:
         """Sends the requests of a trace and waits for all answers.
@@ -105,72 +100,29 @@ class BenchClient:
         """
         if limit_s <= 0:
             raise OutOfTime("no time was left (--max-minutes)")
-        if self._process is None:
-            self._process = self._start()
-        process = self._process
-        assert process.stdin is not None
+        if self._child is None:
+            self._child = Child("load generator", "deploy.loadtest.bench_serve", self._env)
         with tempfile.TemporaryDirectory(prefix="vllm-ext-loadtest-") as folder:
             trace = Path(folder, "trace.jsonl")
             trace.write_text("\n".join(lines) + "\n")
             words = bench_words(target, trace, len(lines), max_in_flight)
-            is_late = threading.Event()
-
-            def end() -> None:
-                is_late.set()
-                process.kill()
-
-            timer = threading.Timer(limit_s, end)
-            timer.start()
             try:
-                print(json.dumps(words), file=process.stdin, flush=True)
-                answer = self._answer(process)
-            except BrokenPipeError:
-                answer = None
-            finally:
-                timer.cancel()
-        if answer is None:
-            self._end()
-            if is_late.is_set():
-                raise OutOfTime(f"not answered within {limit_s:.0f} s")
-            raise ClientFailed(f"the load generator ended:\n{self._log_tail()}")
+                answer = self._child.ask(words, limit_s)
+            except TimeoutError:
+                self.close()
+                raise OutOfTime(f"not answered within {limit_s:.0f} s") from None
+            except UserError as error:
+                self.close()
+                raise ClientFailed(str(error)) from None
         if "failure" in answer:
             raise ClientFailed(answer["failure"])
         return answer["result"]
 
-    def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "deploy.loadtest.bench_serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=self._env,
-        )
-
-    def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any] | None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(MARK):
-                answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
-                return answer
-        return None
-
-    def _log_tail(self) -> str:
-        self._log.seek(0)
-        return "".join(self._log.readlines()[-15:])
-
-    def _end(self) -> None:
-        if self._process is None:
-            return
-        self._process.kill()
-        with contextlib.suppress(BrokenPipeError):  # words that it did not read
-            self._process.communicate()
-        self._process = None
-
     def close(self) -> None:
-        """Ends the process."""
-        self._end()
-        self._log.close()
+        """Ends the process; the next run starts another one."""
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
 
 
 def _number(value: Any) -> float | None:

@@ -1,18 +1,12 @@
-"""Runs jobs on a vLLM engine in a process of its own and writes the results as JSON.
-
-``python -m tests.e2e.engine SPEC.json RESULT.json``; see ``run_engine`` for the format.
-One engine per process: vLLM keeps process-wide state.
-"""
+"""Runs jobs on a vLLM engine in a process of its own, which can look into the scheduler."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from vllm_ext.child import Child, Parent, quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,31 +31,13 @@ def run_engine(
         other figures of ours by name and the last of their labels.
 
     Raises:
-        RuntimeError: the engine failed; the message ends with its log.
+        UserError: the engine failed; the message ends with its log.
+        TimeoutError: no answer within 25 minutes.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        spec, result = Path(folder, "spec.json"), Path(folder, "result.json")
-        spec.write_text(json.dumps({"engine": engine, "jobs": jobs}))
-        full_env = {
-            key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
-        } | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "HF_HUB_OFFLINE": "1",
-            **(env or {}),
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.e2e.engine", str(spec), str(result)],
-            cwd=ROOT,
-            env=full_env,
-            capture_output=True,
-            text=True,
-            timeout=1500,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"engine {engine} failed:\n{done.stderr[-6000:]}")
-        answer: dict[str, Any] = json.loads(result.read_text())
-        return answer
+    changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TRITON_INTERPRET": None, **(env or {})}
+    with Child("engine", "tests.e2e.engine", quiet_environment(changes), ROOT) as child:
+        answer: dict[str, Any] = child.ask({"engine": engine, "jobs": jobs}, limit_s=1500)
+    return answer
 
 
 def _generate(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -156,10 +132,9 @@ def _figures() -> dict[str, float]:
     return found
 
 
-def _main(spec_path: str, result_path: str) -> None:
+def _run(spec: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
-    spec = json.loads(Path(spec_path).read_text())
     llm = LLM(**{"disable_log_stats": False, "seed": 0, **spec["engine"]})
     jobs = [_generate(llm, job) for job in spec["jobs"]]
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
@@ -175,9 +150,14 @@ def _main(spec_path: str, result_path: str) -> None:
     result = {"jobs": jobs, "rows": rows, "preemptions": metrics["vllm:num_preemptions"]}
     result |= {"freed_blocks": freed, "figures": figures}
     result["num_blocks"] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    Path(result_path).write_text(json.dumps(result))
     llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+def _main(parent: Parent) -> None:
+    for spec in parent:
+        parent.answer(_run(spec))
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _main(Parent())

@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.engine import run_engine
 from vllm_ext.cli.doctor import TINY_LLAMA
+from vllm_ext.errors import UserError
 
 pytestmark = pytest.mark.e2e
 
@@ -37,7 +38,7 @@ def engine(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_strict_refuses_and_names_it(engine: dict[str, Any]) -> None:
-    with pytest.raises(RuntimeError, match="does not support sliding-window layers of the model"):
+    with pytest.raises(UserError, match="does not support sliding-window layers of the model"):
         run_engine(engine, [JOB])
 
 

@@ -1,30 +1,23 @@
 """How many long requests fit: the same KV pool, arm by arm, all requests at once.
 
-``python -m vllm_ext.bench.capacity JSON`` is one arm, an engine in this very process, so that
-the scheduler can be looked at after every step; ``run`` starts one such process per arm.
+This module's own process is one arm, an engine in that very process, so that the scheduler can be
+looked at after every step; ``run`` starts one per arm.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_backends.config import known_settings
-from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.bench.decode import STOCK, machine
+from vllm_ext.child import Child, Parent, quiet_environment
 from vllm_ext.engine_process import kv_token_bytes
-from vllm_ext.errors import UserError
+from vllm_ext.methods import REGISTRY, own_settings
 from vllm_ext.plugin import DISABLE_ENV
-
-_MARK = "@@vllm-ext-capacity "
 
 
 @dataclass(frozen=True)
@@ -69,28 +62,16 @@ def run(
     results = {}
     for arm in arms:
         echo(f"{arm}: {load.requests} x {load.context_tokens} tokens ...")
-        own = known_settings(load_method(arm).config_cls, settings) if arm in REGISTRY else {}
-        spec = {"arm": arm, "settings": own, "load": asdict(load)}
-        env = os.environ | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "HF_HUB_OFFLINE": "1",
-        }
-        env.pop(DISABLE_ENV, None)
-        if arm == STOCK:
-            env[DISABLE_ENV] = "1"
-        done = subprocess.run(
-            [sys.executable, "-m", "vllm_ext.bench.capacity", json.dumps(spec)],
-            env=env,
-            capture_output=True,
-            text=True,
+        spec = {"arm": arm, "settings": own_settings(arm, settings), "load": asdict(load)}
+        env = quiet_environment(
+            {
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+                DISABLE_ENV: "1" if arm == STOCK else None,
+            }
         )
-        lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
-        if done.returncode or not lines:
-            tail = "\n".join(done.stderr.splitlines()[-25:])
-            raise UserError(f"the {arm} engine ended; the end of its log:\n{tail}")
-        results[arm] = json.loads(lines[-1].removeprefix(_MARK))
+        with Child(f"{arm} engine", "vllm_ext.bench.capacity", env) as child:
+            results[arm] = child.ask(spec)
     return {"load": asdict(load), "settings": settings, "machine": machine(), "arms": results}
 
 
@@ -180,5 +161,10 @@ def _arm(spec: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
+def _main(parent: Parent) -> None:
+    for spec in parent:
+        parent.answer(_arm(spec))
+
+
 if __name__ == "__main__":
-    print(_MARK + json.dumps(_arm(json.loads(sys.argv[1]))), flush=True)
+    _main(Parent())
