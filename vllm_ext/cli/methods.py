@@ -23,11 +23,10 @@ def settings_text(name: str) -> str:
 
 def taken_text(method: SparseMethod) -> str:
     """What a method takes besides settings."""
-    taken = {
-        "a policy (--sparse-config)": takes_policy(method.config_cls),
-        "options of single requests (vllm_xargs)": bool(method.row_options),
-    }
-    return " and ".join(what for what, is_taken in taken.items() if is_taken) or "nothing"
+    taken = ["a policy (--sparse-config)"] if takes_policy(method.config_cls) else []
+    if method.row_options:
+        taken.append(f"{', '.join(sorted(method.row_options))} of a request (vllm_xargs)")
+    return "; ".join(taken) or "nothing"
 
 
 def table() -> str:
