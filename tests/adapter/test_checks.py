@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attn_backends.adapter.checks import refuse, unsupported_reasons
+from attn_backends.config import SettingError
 from attn_backends.methods import load_method
 
 
@@ -131,3 +132,17 @@ def test_the_refusal_says_what_to_do() -> None:
     message = str(refuse(load_method("SINK_WINDOW"), ["ALiBi"]))
     assert "SINK_WINDOW does not support ALiBi" in message
     assert "--no-strict" in message
+
+
+def test_a_worker_refuses_settings_that_the_block_of_the_loaded_model_rules_out() -> None:
+    pytest.importorskip("vllm")
+    from attn_backends.adapter.worker import retained_specs
+
+    engine: Any = SimpleNamespace(
+        additional_config={"vllm_ext": {"window_tokens": 64}},
+        attention_config=SimpleNamespace(backend=SimpleNamespace(name="SINK_WINDOW")),
+        cache_config=SimpleNamespace(block_size=128),
+        parallel_config=SimpleNamespace(world_size=1),
+    )
+    with pytest.raises(SettingError, match="window_tokens is 64, less than one KV block of 128"):
+        retained_specs(engine, {})
