@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_engine(
-    engine: dict[str, Any], jobs: list[dict[str, Any]], env: dict[str, str] | None = None
+    engine: dict[str, Any],
+    jobs: list[dict[str, Any]],
+    env: dict[str, str] | None = None,
+    registry: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Starts an engine, runs jobs in order, stops it.
 
@@ -23,12 +26,14 @@ def run_engine(
             every running request is preempted (prompts together); ``"abort_at"``, steps after
             which the last request that is still in prefill is aborted and asked again later.
         env: additions to the environment.
+        registry: methods that stand in the registry besides ours.
 
     Returns:
         ``{"jobs": [[{"tokens": [...], "logprobs": [[id, logprob], ...]}]], "rows": {...},
-        "preemptions": n, "freed_blocks": [by KV group], "num_blocks": n, "figures": {...}}`` with
-        the logprob of each token; ``num_blocks`` is the size of the KV pool, ``figures`` all
-        other figures of ours by name and the last of their labels.
+        "preemptions": n, "freed_blocks": [by KV group], "num_blocks": n, "lost_blocks": n,
+        "figures": {...}}`` with the logprob of each token; ``num_blocks`` is the size of the KV
+        pool, ``lost_blocks`` what of it is not free in the end, ``figures`` all other figures of
+        ours by name and the last of their labels.
 
     Raises:
         UserError: the engine failed; the message ends with its log.
@@ -36,7 +41,9 @@ def run_engine(
     """
     changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TRITON_INTERPRET": None, **(env or {})}
     with Child("engine", "tests.e2e.engine", quiet_environment(changes), ROOT) as child:
-        answer: dict[str, Any] = child.ask({"engine": engine, "jobs": jobs}, limit_s=1500)
+        answer: dict[str, Any] = child.ask(
+            {"engine": engine, "jobs": jobs, "registry": registry or {}}, limit_s=1500
+        )
     return answer
 
 
@@ -133,6 +140,9 @@ def _figures() -> dict[str, float]:
 
 
 def _run(spec: dict[str, Any]) -> dict[str, Any]:
+    from attn_backends.methods import REGISTRY
+
+    REGISTRY.update(spec["registry"])  # before vLLM asks for plugins
     from vllm import LLM
 
     llm = LLM(**{"disable_log_stats": False, "seed": 0, **spec["engine"]})
@@ -149,7 +159,9 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     freed = [getattr(m, "num_freed_blocks", 0) for m in managers.single_type_managers]
     result = {"jobs": jobs, "rows": rows, "preemptions": metrics["vllm:num_preemptions"]}
     result |= {"freed_blocks": freed, "figures": figures}
-    result["num_blocks"] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    num_held = num_blocks - 1 - managers.block_pool.get_num_free_blocks()  # one is the null block
+    result |= {"num_blocks": num_blocks, "lost_blocks": num_held}
     llm.llm_engine.engine_core.shutdown()
     return result
 
