@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from attn_backends.batch import BlockSelection, SpanRule
+from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
 from kvcache.spans import Span
 
 if TYPE_CHECKING:
@@ -188,6 +188,20 @@ class Reuse:
 DecodeWay = Dense | Selected | Anchor | Reuse
 
 
+class PrefillWitness(Protocol):
+    """What a selector gives a layer whose prompts are evidence to it."""
+
+    def __call__(self, query: torch.Tensor, key_cache: torch.Tensor, batch: PagedBatch) -> None:
+        """Sees the prefill rows of one step, keys of all their tokens in the cache.
+
+        Args:
+            query: ``[num_tokens, num_heads, head_size]``.
+            key_cache: ``[num_blocks, num_kv_heads, block_size, head_size]``.
+            batch: the rows, in the batch's order behind its decode rows.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What one layer does in one step.
@@ -195,10 +209,12 @@ class LayerPlan:
     Attributes:
         decode: the way of the decode rows.
         rule: which tokens each row and KV head sees, prefill rows as well; None: all of them.
+        witness: sees the prefill rows of a method that learns from prompts; None costs nothing.
     """
 
     decode: DecodeWay
     rule: SpanRule | None = None
+    witness: PrefillWitness | None = None
 
 
 DENSE_LAYER = LayerPlan(Dense())

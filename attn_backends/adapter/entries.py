@@ -25,7 +25,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from attn_backends.adapter.config import chosen_method, planned_entries
 from attn_backends.config import ConfigError
 from attn_backends.head_tables import HeadPlaces, HeadTables
-from attn_backends.layer_step import SplitRows
+from attn_backends.split_step import SplitRows
 from kvcache.layout import KVOrder, kv_views
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from attn_backends.adapter.metadata import ExtMetadata
 from attn_backends.adapter.ops import engine_and_our_ops
 from attn_backends.config import ConfigError
 from attn_backends.head_tables import fold_keys
-from attn_backends.layer_step import SplitLayerStep
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.ops.resolution import ORDER_OF_DEVICE
+from attn_backends.split_step import SplitLayerStep
 from kvcache.layout import PagedKVLayout, kv_views
 
 

@@ -109,19 +109,18 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         schedule = method.schedule(config, geometry)
         self._max_model_len = geometry.max_model_len
 
-        def make_planner(is_first: bool) -> StepPlanner:
-            # Every rank serves the same rows: one of them counts.
-            parallel = vllm_config.parallel_config
-            engine = parallel.data_parallel_index
-            is_counting = is_first and parallel.rank == 0
-            counters = RowCounters(method.name, engine) if is_counting else None
-            selector = method.make_selector(config, schedule, geometry, device)
-            max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-            split = SplitEngine(geometry, max_num_tokens)
-            return StepPlanner(selector, schedule, counters, split)
-
         owner = next(iter(layers.values()))
-        self._planner = shared_planner(owner, geometry, schedule, make_planner)
+        self._planner = shared_planner(
+            owner,
+            geometry,
+            schedule,
+            lambda is_first: StepPlanner(
+                method.make_selector(config, schedule, geometry, device),
+                schedule,
+                _counters(vllm_config, method) if is_first else None,
+                SplitEngine(geometry, vllm_config.scheduler_config.max_num_batched_tokens),
+            ),
+        )
         if not self._layer_of:
             self._planner.split.add_group(layer_names)
         # Of as many heads as the spec: one, where heads have caches of their own.
@@ -178,6 +177,12 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             None if seq_lens_cpu is None else seq_lens_cpu[:num_decodes],
             batch.num_reqs,
         )
+
+
+def _counters(vllm_config: VllmConfig, method: SparseMethod) -> RowCounters | None:
+    """Every rank serves the same rows: one of them counts."""
+    parallel = vllm_config.parallel_config
+    return RowCounters(method.name, parallel.data_parallel_index) if parallel.rank == 0 else None
 
 
 def _require_our_layers(layers: dict[str, Attention], method: SparseMethod) -> None:

@@ -1,7 +1,7 @@
 """Heads that keep different blocks: what is freed changes no answer.
 
-Three classes of heads (``tests/span_method.py``) free blocks in a pool of tiles; the yardstick is
-the same rules with everything kept, in blocks of whole layers, where no head has a table of its own.
+Three classes of heads (``tests/span_method.py``) free blocks in a pool of tiles. The yardstick is
+the same rules with everything kept, in blocks of whole layers: no head has a table of its own.
 """
 
 from __future__ import annotations

@@ -118,3 +118,22 @@ def test_rows_that_keep_everything_are_read_whole_and_not_scored() -> None:
     LayerStep(LayerPlan(Dense()), batch, layer.ops, views, SCALE).attend(query, dense)
     torch.testing.assert_close(out, dense)
     assert plan.decode.state.recall[:, 0].tolist() == [1.0] * ROWS
+
+
+def test_a_witness_sees_the_prefill_rows_alone() -> None:
+    layer = _Layer()
+    seen: list[tuple[torch.Tensor, list[int]]] = []
+
+    def witness(query: torch.Tensor, key_cache: torch.Tensor, batch: PagedBatch) -> None:
+        assert key_cache.shape[1:] == (KV_HEADS, BLOCK, HEAD)
+        seen.append((query, batch.seq_lens.tolist()))
+
+    # One decode row, then two rows of one prompt token each.
+    batch = StepBatch.split(_batch([340, 100, 7]), 1, BLOCKS * BLOCK)
+    query, out = layer.queries[0], torch.empty(ROWS, QUERY_HEADS, HEAD)
+    views = kv_views(layer.cache, ORDER)
+    plan = LayerPlan(Dense(), witness=witness)
+    LayerStep(plan, batch, layer.ops, views, SCALE).attend(query, out)
+    ((got, lengths),) = seen
+    assert torch.equal(got, query[1:])
+    assert lengths == [100, 7]
