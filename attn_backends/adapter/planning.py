@@ -51,6 +51,10 @@ class StepPlanner:
         self._served: set[int] = set()  # builders that have this step's plan
         self._plan = NO_LAYERS
 
+    def forget_step(self) -> None:
+        """A builder was made: whoever had the last step's plan may be gone."""
+        self._served.clear()
+
     def plan(
         self,
         builder: object,
@@ -128,4 +132,5 @@ def shared_planner(
         )
     if here not in planners:
         planners[here] = make(not planners)
+    planners[here].forget_step()
     return planners[here]

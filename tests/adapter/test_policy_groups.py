@@ -93,6 +93,17 @@ def test_a_step_is_planned_and_counted_once_for_all_groups() -> None:
         assert counters.rows["dense", "short_context"] == 2 * step
 
 
+def test_builders_that_are_made_anew_get_no_old_plan() -> None:
+    """As vLLM makes them twice where it profiles graphs."""
+    engine = torch.nn.Identity()
+    make: Any = lambda is_first: _make()  # noqa: E731
+    planner = shared_planner(engine, GEOMETRY, REUSING, make)
+    old = planner.plan("an old builder", torch.tensor([40, 900], dtype=torch.int32), None, 2)
+    assert shared_planner(engine, GEOMETRY, REUSING, make) is planner
+    new = planner.plan("a new builder", torch.tensor([40, 900], dtype=torch.int32), None, 2)
+    assert new is not old
+
+
 def test_layers_of_a_policy_get_the_rows_through_their_window() -> None:
     wide, narrow = Span(32, 256), Span(0, 32)
     spans = {0: (wide,) * 2, 3: (narrow,) * 2}
