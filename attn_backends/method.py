@@ -62,7 +62,8 @@ class Selector(Protocol):
     """Plans what decode rows read; owns persistent buffers."""
 
     def plan(self, rows: StepRows) -> StepPlan:
-        """The plan of a step, made once for all layers, without host synchronisation.
+        """The plan of a step, made once for all layers, without host synchronisation; a new
+        object each time.
 
         Its tensors are views of persistent buffers, valid until the next call. For a given
         number of rows they are the same ones in every step, and so are the ways that layers go;

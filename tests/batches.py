@@ -7,8 +7,18 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from attn_backends.batch import PagedBatch, RowOptions
-from attn_backends.method import StepRows
+from attn_backends.method import Geometry, StepRows
 from attn_backends.plan import Anchor, AnchorState, StepPlan
+
+SIX_LAYERS = Geometry(
+    num_layers=6,
+    num_kv_heads=2,
+    num_query_heads=6,
+    head_size=64,
+    block_size=32,
+    max_num_reqs=4,
+    max_model_len=4096,
+)
 
 
 def decode_batch(seq_lens: list[int], block_table: torch.Tensor | None = None) -> PagedBatch:

@@ -110,6 +110,8 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             self._cache_write.run(key, value, *views, slot_mapping)
             return
         metadata: Any = get_forward_context().attn_metadata
+        if metadata is None:
+            return  # a dummy run: nothing is to be written, and nobody says where blocks lie
         step: ExtMetadata = metadata[self._entries[0].split_layer]
         cache = self._split_cache(kv_cache, step.split)
         slots = cache.places.slots(step.split.slots(step))

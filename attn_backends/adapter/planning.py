@@ -127,8 +127,8 @@ def shared_planner(
         there = next(iter(planners))
         raise ConfigError(
             f"layers of {here[0]} and of {there[0]} KV heads, with KV blocks of {here[1]} and of "
-            f"{there[1]} tokens, cannot share a selection of blocks; this model needs "
-            "--attention-backend SPARSE_FULL or SINK_WINDOW"
+            f"{there[1]} tokens, cannot share a selection of blocks; choose an --attention-backend "
+            "whose layers each read their own (vllm-ext methods)"
         )
     if here not in planners:
         planners[here] = make(not planners)

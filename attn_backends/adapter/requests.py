@@ -1,8 +1,8 @@
 """Per-request options: from ``vllm_xargs`` to the rows of a batch.
 
 The front end validates (``parse_options``; a bad value becomes a 400). The worker records
-what each request asked for under its id, and the metadata builder asks for the options of
-its rows. No hook of vLLM passes them to a builder, hence the worker subclass (worker.py).
+what each request asked for under its id, and the step's planner asks for the options of its
+rows. No hook of vLLM passes them to a builder, hence the worker subclass (worker.py).
 """
 
 from __future__ import annotations
@@ -130,8 +130,7 @@ class RequestBook:
 
     def __init__(self) -> None:
         self._by_id: dict[str, RowOptions] = {}
-        self.step = 0  # of this worker; tells the builders of several KV groups apart from steps
-        self._readers: WeakSet[EndedRequests] = WeakSet()  # they go with their builders
+        self._readers: WeakSet[EndedRequests] = WeakSet()  # they go with their planners
         self._num_beam_steps = 0  # since they were last taken
         self.presets: Mapping[str, RowOptions] = PRESETS
         self.row_ids: Callable[[], Sequence[str | None]] = lambda: ()
@@ -142,7 +141,6 @@ class RequestBook:
         A later chunk of a streaming-input session arrives as a new request under the old id: its
         options are its own, too.
         """
-        self.step += 1
         for reader in self._readers:
             reader.ids += scheduler_output.finished_req_ids
         for request_id in scheduler_output.finished_req_ids:
@@ -164,7 +162,7 @@ class RequestBook:
         return {row: self._by_id[i] for row, i in enumerate(ids) if i in self._by_id}
 
     def ended_requests(self) -> EndedRequests:
-        """What a builder asks for requests that end from now on; each builder has its own."""
+        """What a planner asks for requests that end from now on; each planner has its own."""
         reader = EndedRequests()
         self._readers.add(reader)
         return reader

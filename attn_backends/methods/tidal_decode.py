@@ -257,11 +257,10 @@ def _base_schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
     section = _section(config, geometry)
     if section is not None:
         return section.schedule(geometry.num_layers)
-    logger.warning(
-        "TIDAL_DECODE has no profile for this model: layers 0-%d dense, then every %dth an "
-        "anchor. That is slow and not calibrated; run: vllm-ext profile MODEL",
-        FALLBACK_DENSE_LAYERS - 1,
-        FALLBACK_ANCHOR_STRIDE,
+    _warn_once(
+        f"TIDAL_DECODE has no profile for this model: layers 0-{FALLBACK_DENSE_LAYERS - 1} dense, "
+        f"then one anchor in every {FALLBACK_ANCHOR_STRIDE}. That is slow and not calibrated; run: "
+        "vllm-ext profile MODEL"
     )
     roles = [LayerRole.DENSE] * FALLBACK_DENSE_LAYERS
     cycle = [LayerRole.ANCHOR] + [LayerRole.REUSE] * (FALLBACK_ANCHOR_STRIDE - 1)

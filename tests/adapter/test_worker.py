@@ -18,6 +18,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from attn_backends.adapter.entries import HeadEntry
 from attn_backends.adapter.impl import ExtAttentionImpl
 from attn_backends.adapter.worker import RetainingWorker
 from attn_backends.config import ConfigError
@@ -147,3 +148,18 @@ def test_heads_that_keep_different_blocks_are_entries_of_their_own(tmp_path: Pat
     assert [entry.heads for entry in layers[NAMES[3]].impl._entries] == [(0,), (1,)]
     assert worker.get_kv_cache_spec() == specs, "asked again, it makes the entries again"
     worker.initialize_from_config(_grouped(specs))
+
+
+def test_dummy_runs_write_nothing_where_heads_have_caches_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM warms up, and idles beside other data-parallel engines, with slots but no metadata."""
+    layer = attention_layer(0, ExtAttentionImpl)
+    layer.impl.split((HeadEntry(layer, (0,)), HeadEntry(layer, (1,))))
+    no_metadata = SimpleNamespace(attn_metadata=None)
+    monkeypatch.setattr("attn_backends.adapter.impl.get_forward_context", lambda: no_metadata)
+    keys = torch.ones(4, 2, 64)
+    cache = torch.zeros(3, 1, 32, 128)
+    slots = torch.full((4,), -1)
+    layer.impl.do_kv_cache_update(layer, keys, keys, cache, slots)
+    assert not cache.any()

@@ -11,22 +11,12 @@ import torch
 
 from attn_backends.batch import RowOptions
 from attn_backends.config import ConfigError
-from attn_backends.method import Geometry
 from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
 from attn_backends.methods.sink_window import SinkWindowConfig
-from attn_backends.methods.tidal_decode import METHOD, TidalConfig
+from attn_backends.methods.tidal_decode import METHOD, TidalConfig, _warn_once
 from attn_backends.plan import Anchor, Dense, LayerRole, LayerSchedule, Reuse, StepPlan
-from tests.batches import anchor_state, labels, step_rows
+from tests.batches import SIX_LAYERS, anchor_state, labels, step_rows
 
-GEOMETRY = Geometry(
-    num_layers=6,
-    num_kv_heads=2,
-    num_query_heads=6,
-    head_size=64,
-    block_size=32,
-    max_num_reqs=4,
-    max_model_len=4096,
-)
 PROFILE: dict[str, Any] = {
     "schema_version": 1,
     "fingerprint": "0" * 64,
@@ -48,7 +38,7 @@ def _written(folder: Path, **changes: Any) -> Path:
 
 def test_the_schedule_follows_the_profile(tmp_path: Path) -> None:
     config = TidalConfig(profile=str(_written(tmp_path)))
-    schedule = METHOD.schedule(config, GEOMETRY)
+    schedule = METHOD.schedule(config, SIX_LAYERS)
     dense, anchor, reuse = LayerRole.DENSE, LayerRole.SELF, LayerRole.REUSE
     assert schedule.roles == (dense, anchor, reuse, reuse, anchor, reuse)
     assert schedule.head_maps == {2: (1, 0)}
@@ -56,7 +46,7 @@ def test_the_schedule_follows_the_profile(tmp_path: Path) -> None:
 
 def test_anchors_may_attend_everything(tmp_path: Path) -> None:
     path = str(_written(tmp_path))
-    schedule = METHOD.schedule(TidalConfig(profile=path, anchor_attention="full"), GEOMETRY)
+    schedule = METHOD.schedule(TidalConfig(profile=path, anchor_attention="full"), SIX_LAYERS)
     dense, anchor, reuse = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE
     assert schedule.roles == (dense, anchor, reuse, reuse, anchor, reuse)
     assert schedule.head_maps == {2: (1, 0)}
@@ -67,24 +57,26 @@ def test_anchors_may_attend_everything(tmp_path: Path) -> None:
 def test_layers_of_a_profile_are_dropped(tmp_path: Path) -> None:
     path = _written(tmp_path, dense_layers=[], drop_layers=[0, 2])
     dense, anchor, reuse = LayerRole.DENSE, LayerRole.SELF, LayerRole.REUSE
-    schedule = METHOD.schedule(TidalConfig(profile=str(path)), GEOMETRY)
+    schedule = METHOD.schedule(TidalConfig(profile=str(path)), SIX_LAYERS)
     assert schedule.roles == (LayerRole.DROP, anchor, LayerRole.DROP, reuse, anchor, reuse)
     assert schedule.dropped == (0, 2)
     assert schedule.head_maps == {}  # a dropped layer follows nobody
-    sinks = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), GEOMETRY)
+    sinks = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), SIX_LAYERS)
     window = LayerRole.WINDOW
     assert sinks.roles == (LayerRole.DROP, window, LayerRole.DROP, *[window] * 3)
     path = _written(tmp_path, drop_layers=[2], full_layers=[3])
-    sinks = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), GEOMETRY)
+    sinks = SINK_WINDOW.schedule(SinkWindowConfig(profile=str(path)), SIX_LAYERS)
     assert sinks.roles == (window, window, LayerRole.DROP, dense, window, window)
 
 
 def test_without_a_profile_there_is_a_warning_and_a_safe_default(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    schedule = METHOD.schedule(TidalConfig(), GEOMETRY)
+    _warn_once.cache_clear()
+    schedule = METHOD.schedule(TidalConfig(), SIX_LAYERS)
+    assert METHOD.schedule(TidalConfig(), SIX_LAYERS) == schedule
     assert schedule.roles[2] is LayerRole.SELF
-    assert "no profile" in caplog.text
+    assert caplog.text.count("no profile") == 1
     assert "vllm-ext profile" in caplog.text
 
 
@@ -103,8 +95,8 @@ def test_impossible_budgets_are_refused(settings: dict[str, Any], words: str) ->
 
 
 def _plan(config: TidalConfig, seq_lens: list[int], options: dict[int, RowOptions]) -> StepPlan:
-    schedule = METHOD.schedule(config, GEOMETRY)
-    selector = METHOD.make_selector(config, schedule, GEOMETRY, torch.device("cpu"))
+    schedule = METHOD.schedule(config, SIX_LAYERS)
+    selector = METHOD.make_selector(config, schedule, SIX_LAYERS, torch.device("cpu"))
     return selector.plan(step_rows(seq_lens, options))
 
 

@@ -12,7 +12,6 @@ import torch
 
 from attn_backends.batch import RowOptions
 from attn_backends.config import ConfigError, parse_config
-from attn_backends.method import Geometry
 from attn_backends.methods.sink_window import SinkWindowConfig
 from attn_backends.methods.tidal_decode import METHOD, TidalConfig
 from attn_backends.plan import LayerRole, LayerSchedule, StepPlan
@@ -21,7 +20,7 @@ from attn_backends.policy.model import NO_POLICY, PolicyError
 from attn_backends.policy.reading import parse_policy
 from kvcache.retention import KeepAll, SpanRetention
 from kvcache.spans import Span
-from tests.batches import anchor_state, labels, step_rows
+from tests.batches import SIX_LAYERS, anchor_state, labels, step_rows
 
 DENSE, ANCHOR, REUSE = LayerRole.DENSE, LayerRole.ANCHOR, LayerRole.REUSE
 WINDOW_ROLE = LayerRole.WINDOW
@@ -30,15 +29,7 @@ BASE = LayerSchedule(
     (DENSE, ANCHOR, REUSE, REUSE, ANCHOR, REUSE), {2: (1, 0), 3: (0, 0), 5: (1, 1)}
 )
 WINDOW = {"role": "window", "sink_tokens": 8, "window_tokens": 64}
-GEOMETRY = Geometry(
-    num_layers=6,
-    num_kv_heads=2,
-    num_query_heads=6,
-    head_size=64,
-    block_size=32,
-    max_num_reqs=64,
-    max_model_len=8192,
-)
+GEOMETRY = replace(SIX_LAYERS, max_num_reqs=64, max_model_len=8192)
 
 
 def _config(**policy: Any) -> TidalConfig:

@@ -28,16 +28,8 @@ from attn_backends.profile import (
 )
 from kvcache.retention import KeepAll
 from kvcache.spans import Span, everything
+from tests.batches import SIX_LAYERS
 
-GEOMETRY = Geometry(
-    num_layers=6,
-    num_kv_heads=2,
-    num_query_heads=6,
-    head_size=64,
-    block_size=32,
-    max_num_reqs=4,
-    max_model_len=4096,
-)
 HEADER: dict[str, Any] = {
     "fingerprint": "0" * 64,
     "model": "tiny",
@@ -63,7 +55,7 @@ def _version_1(folder: Path, **changes: Any) -> Path:
 
 
 def _roles(method: SparseMethod, path: Path) -> tuple[LayerRole, ...]:
-    return method.schedule(method.config_cls(profile=str(path)), GEOMETRY).roles  # type: ignore[call-arg]
+    return method.schedule(method.config_cls(profile=str(path)), SIX_LAYERS).roles  # type: ignore[call-arg]
 
 
 def _refusal(method: SparseMethod, path: Path) -> str:
@@ -156,16 +148,16 @@ def test_full_heads_see_everything_and_the_others_the_window(tmp_path: Path) -> 
     section = load_profile(path).section("SINK_WINDOW", WindowSection)
     assert section.full_heads == {4: [1], 0: [0]}
     config = SINK_WINDOW.config_cls(profile=str(path))
-    schedule = SINK_WINDOW.schedule(config, GEOMETRY)
+    schedule = SINK_WINDOW.schedule(config, SIX_LAYERS)
     window, full = Span(64, 1024), everything()
     assert schedule.spans[0] == (full, window)
     assert schedule.spans[4] == (window, full)
     assert schedule.spans[1] == (window, window)
-    entries = SINK_WINDOW.entries(config, schedule, GEOMETRY)
+    entries = SINK_WINDOW.entries(config, schedule, SIX_LAYERS)
     kept = [(one.layer, one.heads) for one in entries if one.policy == KeepAll()]
     assert kept == [(0, (0,)), (4, (1,))]
     keep_all = SINK_WINDOW.config_cls(profile=str(path), retention="keep_all")
-    assert {one.heads for one in SINK_WINDOW.entries(keep_all, schedule, GEOMETRY)} == {None}
+    assert {one.heads for one in SINK_WINDOW.entries(keep_all, schedule, SIX_LAYERS)} == {None}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +203,7 @@ def test_missing_large_and_foreign_profiles_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_version_1_serves_both_methods_as_it_did(tmp_path: Path) -> None:
     path = _version_1(tmp_path)
-    schedule = TIDAL_DECODE.schedule(TidalConfig(profile=str(path)), GEOMETRY)
+    schedule = TIDAL_DECODE.schedule(TidalConfig(profile=str(path)), SIX_LAYERS)
     assert schedule.roles == (DENSE, ANCHOR, REUSE, REUSE, ANCHOR, REUSE)
     assert schedule.head_maps == {2: (1, 0)}
     assert _roles(SINK_WINDOW, path) == (WINDOW,) * 6
