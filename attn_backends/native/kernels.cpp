@@ -31,7 +31,11 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 constexpr int64_t kSplitTokens = 1024;  // tokens per piece of a decode row
-constexpr int64_t kTileRows = 32;       // (query token, head) pairs per prefill tile
+constexpr int64_t kTileRows = 48;       // (query token, head) pairs per prefill tile
+constexpr int64_t kGroupTokens = 256;   // tokens per softmax step of a prefill tile
+
+// Accumulators of a prefill tile, in rows x vectors: half of the registers, or 3/4 of AVX2's 16.
+constexpr int kPrefillRows = kLanes == 16 ? 8 : 6, kPrefillCols = 2;
 
 inline Vec load(const float* p) { return Vec::loadu(p); }
 inline Vec load(const c10::BFloat16* p) {
@@ -54,25 +58,42 @@ inline void prefetch(const T* next, int64_t elements) {
     __builtin_prefetch(bytes + i, 0, 2);
 }
 
+// Calls f(0), ..., f(N - 1) with constants. A loop would do, but the compiler unrolls it too late
+// to see that a tile's accumulators fit the registers, and gives them memory as well.
+template <int N, typename F>
+__attribute__((always_inline)) inline void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+// acc[r][c] += left[r * left_stride + i] * right[i * right_stride + c * kLanes] over i in
+// [first, last). next: the same place in the next tile, read where PREFETCH says so.
+template <typename T, int ROWS, int COLS, bool PREFETCH>
+__attribute__((always_inline)) inline void multiply_add(
+    Vec (&acc)[ROWS][COLS], const float* left, int64_t left_stride, const T* right,
+    int64_t right_stride, const T* next, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) {
+    if constexpr (PREFETCH) prefetch(next + i * right_stride, COLS * kLanes);
+    Vec columns[COLS];
+    unrolled<COLS>([&](auto c) { columns[c] = load(right + i * right_stride + c * kLanes); });
+    unrolled<ROWS>([&](auto r) {
+      const Vec factor(left[r * left_stride + i]);
+      unrolled<COLS>([&](auto c) { acc[r][c] = at::vec::fmadd(factor, columns[c], acc[r][c]); });
+    });
+  }
+}
+
 // logits[row, t] = sum_d query[row, d] * key[d, t] for ROWS rows and COLS vectors of tokens.
-// next: the same place in the next key tile, read where PREFETCH says so.
 template <typename T, int ROWS, int COLS, bool PREFETCH>
 inline void logits_tile(const float* query, const T* key, const T* next, int64_t head_size,
                         int64_t block_size, float* logits, int64_t logits_stride) {
   Vec acc[ROWS][COLS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < COLS; ++c) acc[r][c] = Vec(0.f);
-  for (int64_t d = 0; d < head_size; ++d) {
-    if constexpr (PREFETCH) prefetch(next + d * block_size, COLS * kLanes);
-    Vec q[ROWS];
-    for (int r = 0; r < ROWS; ++r) q[r] = Vec(query[r * head_size + d]);
-    for (int c = 0; c < COLS; ++c) {
-      const Vec k = load(key + d * block_size + c * kLanes);
-      for (int r = 0; r < ROWS; ++r) acc[r][c] = at::vec::fmadd(q[r], k, acc[r][c]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < COLS; ++c) acc[r][c].store(logits + r * logits_stride + c * kLanes);
+  unrolled<ROWS>([&](auto r) { unrolled<COLS>([&](auto c) { acc[r][c] = Vec(0.f); }); });
+  multiply_add<T, ROWS, COLS, PREFETCH>(acc, query, head_size, key, block_size, next, 0, head_size);
+  unrolled<ROWS>([&](auto r) {
+    unrolled<COLS>([&](auto c) { acc[r][c].store(logits + r * logits_stride + c * kLanes); });
+  });
 }
 
 // out[row, d] += sum_{t in [first, last)} weights[row, t] * value[t, d]; next as above.
@@ -81,73 +102,63 @@ inline void values_tile(const float* weights, int64_t weights_stride, const T* v
                         const T* next, int64_t head_size, int64_t first, int64_t last,
                         float* out) {
   Vec acc[ROWS][COLS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < COLS; ++c) acc[r][c] = Vec::loadu(out + r * head_size + c * kLanes);
-  for (int64_t t = first; t < last; ++t) {
-    if constexpr (PREFETCH) prefetch(next + t * head_size, COLS * kLanes);
-    Vec w[ROWS];
-    for (int r = 0; r < ROWS; ++r) w[r] = Vec(weights[r * weights_stride + t]);
-    for (int c = 0; c < COLS; ++c) {
-      const Vec v = load(value + t * head_size + c * kLanes);
-      for (int r = 0; r < ROWS; ++r) acc[r][c] = at::vec::fmadd(w[r], v, acc[r][c]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < COLS; ++c) acc[r][c].store(out + r * head_size + c * kLanes);
-}
-
-// Calls f<ROWS, COLS>(row, column) over a rows x columns grid, in register-sized tiles.
-template <typename F>
-inline void for_tiles(int64_t rows, int64_t columns, F&& f) {
-  const auto with_columns = [&](auto rows_tag, int64_t row) {
-    int64_t c = 0;
-    for (; c + 4 * kLanes <= columns; c += 4 * kLanes)
-      f(rows_tag, std::integral_constant<int, 4>{}, row, c);
-    for (; c + 2 * kLanes <= columns; c += 2 * kLanes)
-      f(rows_tag, std::integral_constant<int, 2>{}, row, c);
-    for (; c < columns; c += kLanes) f(rows_tag, std::integral_constant<int, 1>{}, row, c);
-  };
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) with_columns(std::integral_constant<int, 4>{}, row);
-  switch (rows - row) {
-    case 3: with_columns(std::integral_constant<int, 3>{}, row); break;
-    case 2: with_columns(std::integral_constant<int, 2>{}, row); break;
-    case 1: with_columns(std::integral_constant<int, 1>{}, row); break;
-    default: break;
-  }
-}
-
-template <typename T>
-void block_logits(const float* query, int64_t rows, const T* key, const T* next,
-                  int64_t head_size, int64_t block_size, float* logits) {
-  for_tiles(rows, block_size, [&](auto r_tag, auto c_tag, int64_t row, int64_t column) {
-    const auto run = [&](auto with_prefetch, const T* next_tile) {
-      logits_tile<T, r_tag(), c_tag(), with_prefetch()>(
-          query + row * head_size, key + column, next_tile, head_size, block_size,
-          logits + row * block_size + column, block_size);
-    };
-    if (next && row == 0)
-      run(std::true_type{}, next + column);
-    else
-      run(std::false_type{}, nullptr);
+  unrolled<ROWS>([&](auto r) {
+    unrolled<COLS>([&](auto c) { acc[r][c] = Vec::loadu(out + r * head_size + c * kLanes); });
+  });
+  multiply_add<T, ROWS, COLS, PREFETCH>(acc, weights, weights_stride, value, head_size, next,
+                                        first, last);
+  unrolled<ROWS>([&](auto r) {
+    unrolled<COLS>([&](auto c) { acc[r][c].store(out + r * head_size + c * kLanes); });
   });
 }
 
-template <typename T>
-void add_values(const float* weights, int64_t rows, int64_t block_size, const T* value,
+// Calls f<ROWS, COLS>(row, column) over a rows x columns grid, in register-sized tiles of at most
+// MAX_ROWS rows and MAX_COLS vectors. A row's arithmetic does not depend on the tile it is in.
+template <int MAX_ROWS, int MAX_COLS, typename F>
+inline void for_tiles(int64_t rows, int64_t columns, F&& f, int64_t row = 0) {
+  const auto across = [&]<int COLS>(auto&& self, std::integral_constant<int, COLS> tag, int64_t c) {
+    for (; c + COLS * kLanes <= columns; c += COLS * kLanes)
+      f(std::integral_constant<int, MAX_ROWS>{}, tag, row, c);
+    if constexpr (COLS > 1) self(self, std::integral_constant<int, COLS / 2>{}, c);
+  };
+  for (; row + MAX_ROWS <= rows; row += MAX_ROWS)
+    across(across, std::integral_constant<int, MAX_COLS>{}, 0);
+  if constexpr (MAX_ROWS > 1) for_tiles<MAX_ROWS - 1, MAX_COLS>(rows, columns, f, row);
+}
+
+template <typename T, int MAX_ROWS, int MAX_COLS>
+void block_logits(const float* query, int64_t rows, const T* key, const T* next,
+                  int64_t head_size, int64_t block_size, float* logits, int64_t logits_stride) {
+  for_tiles<MAX_ROWS, MAX_COLS>(
+      rows, block_size, [&](auto r_tag, auto c_tag, int64_t row, int64_t column) {
+        const auto run = [&](auto with_prefetch, const T* next_tile) {
+          logits_tile<T, r_tag(), c_tag(), with_prefetch()>(
+              query + row * head_size, key + column, next_tile, head_size, block_size,
+              logits + row * logits_stride + column, logits_stride);
+        };
+        if (next && row == 0)
+          run(std::true_type{}, next + column);
+        else
+          run(std::false_type{}, nullptr);
+      });
+}
+
+template <typename T, int MAX_ROWS, int MAX_COLS>
+void add_values(const float* weights, int64_t rows, int64_t weights_stride, const T* value,
                 const T* next, int64_t head_size, int64_t first, int64_t last, float* out) {
   if (first >= last) return;
-  for_tiles(rows, head_size, [&](auto r_tag, auto c_tag, int64_t row, int64_t column) {
-    const auto run = [&](auto with_prefetch, const T* next_tile) {
-      values_tile<T, r_tag(), c_tag(), with_prefetch()>(
-          weights + row * block_size, block_size, value + column, next_tile, head_size, first,
-          last, out + row * head_size + column);
-    };
-    if (next && row == 0)
-      run(std::true_type{}, next + column);
-    else
-      run(std::false_type{}, nullptr);
-  });
+  for_tiles<MAX_ROWS, MAX_COLS>(
+      rows, head_size, [&](auto r_tag, auto c_tag, int64_t row, int64_t column) {
+        const auto run = [&](auto with_prefetch, const T* next_tile) {
+          values_tile<T, r_tag(), c_tag(), with_prefetch()>(
+              weights + row * weights_stride, weights_stride, value + column, next_tile, head_size,
+              first, last, out + row * head_size + column);
+        };
+        if (next && row == 0)
+          run(std::true_type{}, next + column);
+        else
+          run(std::false_type{}, nullptr);
+      });
 }
 
 // kvcache/spans.py: a query at position p sees the tokens [0, p] but for [sink, gap_end(p)).
@@ -171,25 +182,25 @@ struct SoftmaxState {  // one per row
   float sum = 0.f;
 };
 
-// Masks one row's logits of a block, updates the running maximum, turns the logits into
-// weights and rescales the row's accumulator. Returns the sum of the block's weights, relative
+// Masks one row's logits of a run of tokens, updates the running maximum, turns the logits into
+// weights and rescales the row's accumulator. Returns the sum of the run's weights, relative
 // to the new maximum; 0 when all is hidden.
-inline float softmax_row(float* logits, int64_t block_size, int64_t hidden_begin,
+inline float softmax_row(float* logits, int64_t num_tokens, int64_t hidden_begin,
                         int64_t hidden_end, int64_t visible_end, SoftmaxState& state,
                         float* out, int64_t head_size) {
-  for (int64_t t = std::max<int64_t>(hidden_begin, 0); t < std::min(hidden_end, block_size); ++t)
+  for (int64_t t = std::max<int64_t>(hidden_begin, 0); t < std::min(hidden_end, num_tokens); ++t)
     logits[t] = kMinusInf;
-  for (int64_t t = std::max<int64_t>(visible_end, 0); t < block_size; ++t) logits[t] = kMinusInf;
+  for (int64_t t = std::max<int64_t>(visible_end, 0); t < num_tokens; ++t) logits[t] = kMinusInf;
   Vec max_vec(kMinusInf);
-  for (int64_t t = 0; t < block_size; t += kLanes)
+  for (int64_t t = 0; t < num_tokens; t += kLanes)
     max_vec = at::vec::maximum(max_vec, Vec::loadu(logits + t));
-  const float block_max = at::vec::vec_reduce_all<float>(
+  const float run_max = at::vec::vec_reduce_all<float>(
       [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, max_vec);
-  if (block_max == kMinusInf) {  // nothing of this block is visible to this row
-    std::fill(logits, logits + block_size, 0.f);
+  if (run_max == kMinusInf) {  // nothing of this run is visible to this row
+    std::fill(logits, logits + num_tokens, 0.f);
     return 0.f;
   }
-  const float new_max = std::max(state.max, block_max);
+  const float new_max = std::max(state.max, run_max);
   if (new_max != state.max) {
     const float shrink = state.sum == 0.f ? 0.f : std::exp(state.max - new_max);
     state.sum *= shrink;
@@ -200,15 +211,15 @@ inline float softmax_row(float* logits, int64_t block_size, int64_t hidden_begin
   }
   const Vec new_max_vec(new_max);
   Vec sum_vec(0.f);
-  for (int64_t t = 0; t < block_size; t += kLanes) {
+  for (int64_t t = 0; t < num_tokens; t += kLanes) {
     const Vec weight = (Vec::loadu(logits + t) - new_max_vec).exp_u20();
     weight.store(logits + t);
     sum_vec = sum_vec + weight;
   }
-  const float block_sum =
+  const float run_sum =
       at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum_vec);
-  state.sum += block_sum;
-  return block_sum;
+  state.sum += run_sum;
+  return run_sum;
 }
 
 struct Cache {
@@ -268,7 +279,8 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
       next_key = tile<T>(a.cache.key, a.cache, table[logical(i + 1)], head);
       next_value = tile<T>(a.cache.value, a.cache, table[logical(i + 1)], head);
     }
-    block_logits(scaled, a.group, key, next_key, head_size, block_size, logits);
+    block_logits<T, 4, 4>(scaled, a.group, key, next_key, head_size, block_size, logits,
+                          block_size);
     const int64_t end = std::min(block_size, position + 1 - base);
     const int64_t hidden_begin = std::clamp<int64_t>(gap_begin - base, 0, end);
     const int64_t hidden_end = std::clamp<int64_t>(gap_end - base, hidden_begin, end);
@@ -283,8 +295,10 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
     }
     if (!reads_values) continue;
     // Hidden tokens are not read at all: their memory may hold NaN, and 0 * NaN is NaN.
-    add_values(logits, a.group, block_size, value, next_value, head_size, 0, hidden_begin, out);
-    add_values(logits, a.group, block_size, value, next_value, head_size, hidden_end, end, out);
+    add_values<T, 4, 4>(logits, a.group, block_size, value, next_value, head_size, 0,
+                        hidden_begin, out);
+    add_values<T, 4, 4>(logits, a.group, block_size, value, next_value, head_size, hidden_end, end,
+                        out);
   }
 }
 
@@ -443,19 +457,39 @@ struct Tile {
   int32_t row, head, first, last;  // query tokens [first, last) of the row
 };
 
+// Whole blocks. Groups are cut by the absolute position, so a row's arithmetic is the same
+// however its prompt is chunked and whatever of it a prefix hit supplies.
+inline int64_t group_tokens(int64_t block_size) {
+  return std::max<int64_t>(1, kGroupTokens / block_size) * block_size;
+}
+
+// Memory for whole vectors, at addresses where none of them crosses a cache line.
+class VecBuffer {
+ public:
+  explicit VecBuffer(int64_t elements) : vectors_(elements / kLanes) {}
+  float* data() { return reinterpret_cast<float*>(vectors_.data()); }
+
+ private:
+  std::vector<Vec> vectors_;
+};
+
 struct TileScratch {
-  std::vector<float> query, logits, key, value, out;
+  VecBuffer query, logits, key, value, out;
   std::vector<SoftmaxState> states;
   TileScratch(int64_t rows, int64_t head_size, int64_t block_size)
-      : query(rows * head_size), logits(rows * block_size), key(head_size * block_size),
+      : query(rows * head_size), logits(rows * group_tokens(block_size)), key(head_size * block_size),
         value(head_size * block_size), out(rows * head_size), states(rows) {}
 };
 
+// The block as floats; `next` is the block to ask the memory for meanwhile, or null.
 // A tile's rows use one key block many times: widening it once beats widening it per row.
 template <typename T>
-inline const float* widen(const T* from, int64_t elements, std::vector<float>& to) {
+inline const float* widen(const T* from, const T* next, int64_t elements, VecBuffer& to) {
   if constexpr (std::is_same_v<T, float>) return from;
-  for (int64_t i = 0; i < elements; i += kLanes) load(from + i).store(to.data() + i);
+  for (int64_t i = 0; i < elements; i += kLanes) {
+    if (next) prefetch(next + i, kLanes);
+    load(from + i).store(to.data() + i);
+  }
   return to.data();
 }
 
@@ -473,47 +507,72 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
     const T* from = query + (start + t.first + r / group) * query_stride +
                     (t.head * group + r % group) * head_size;
     for (int64_t d = 0; d < head_size; ++d)
-      s.query[r * head_size + d] = static_cast<float>(from[d]) * a.scale;
+      s.query.data()[r * head_size + d] = static_cast<float>(from[d]) * a.scale;
   }
-  std::fill(s.out.begin(), s.out.end(), 0.f);
+  std::fill_n(s.out.data(), rows * head_size, 0.f);
   std::fill(s.states.begin(), s.states.end(), SoftmaxState{});
   const int32_t* table = a.block_table + t.row * a.table_stride;
-  // The tile's first query has the smallest gap: what lies in it is hidden from all.
-  const int64_t tile_gap_end = std::max<int64_t>(0, span.gap_end(first_position));
-  for (int64_t block = 0; block <= last_position / block_size; ++block) {
-    const int64_t base = block * block_size;
-    if (base >= span.sink && base + block_size <= tile_gap_end) {
-      block = tile_gap_end / block_size - 1;  // jump over the gap
+  // The tile's first query has the smallest gap: what lies in it is hidden from all, and hidden
+  // memory may hold NaN. Only tokens that some row of the tile sees are used.
+  const int64_t gap_end = std::max<int64_t>(span.sink, span.gap_end(first_position));
+  const auto in_gap = [&](int64_t begin, int64_t end) {
+    return begin >= span.sink && end <= gap_end;
+  };
+  const int64_t num_tokens = last_position + 1, step = group_tokens(block_size);
+  for (int64_t base = 0; base < num_tokens; base += step) {
+    if (in_gap(base, base + step)) {
+      base = gap_end / step * step - step;
       continue;
     }
-    const float* key = widen(tile<T>(a.cache.key, a.cache, table[block], t.head),
-                             head_size * block_size, s.key);
-    block_logits<float>(s.query.data(), rows, key, nullptr, head_size, block_size, s.logits.data());
+    const int64_t num_blocks = (std::min(step, num_tokens - base) + block_size - 1) / block_size;
+    const auto for_seen_blocks = [&](const char* cache, VecBuffer& wide, auto&& use) {
+      for (int64_t b = 0; b < num_blocks; ++b) {
+        const int64_t begin = base + b * block_size;
+        if (in_gap(begin, begin + block_size)) continue;
+        const int32_t* physical = table + begin / block_size;
+        const T* at = tile<T>(cache, a.cache, physical[0], t.head);
+        const T* next = nullptr;
+        if (begin + block_size < num_tokens) next = tile<T>(cache, a.cache, physical[1], t.head);
+        const float* values = widen(at, next, head_size * block_size, wide);
+        if constexpr (std::is_same_v<T, float>)
+          use(values, next, begin);
+        else
+          use(values, nullptr, begin);
+      }
+    };
+    for_seen_blocks(a.cache.key, s.key, [&](const float* key, const float* next, int64_t begin) {
+      block_logits<float, kPrefillRows, kPrefillCols>(s.query.data(), rows, key, next, head_size,
+                                                      block_size, s.logits.data() + begin - base,
+                                                      step);
+    });
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t position = first_position + r / group;
-      const int64_t end = std::clamp<int64_t>(position + 1 - base, 0, block_size);
+      const int64_t position = first_position + r / group, width = num_blocks * block_size;
+      const int64_t end = std::clamp<int64_t>(position + 1 - base, 0, width);
       const int64_t hidden_begin = std::clamp<int64_t>(span.sink - base, 0, end);
-      const int64_t hidden_end = std::clamp<int64_t>(span.gap_end(position) - base, hidden_begin, end);
-      softmax_row(s.logits.data() + r * block_size, block_size, hidden_begin, hidden_end, end,
-                  s.states[r], s.out.data() + r * head_size, head_size);
+      const int64_t hidden_end =
+          std::clamp<int64_t>(span.gap_end(position) - base, hidden_begin, end);
+      softmax_row(s.logits.data() + r * step, width, hidden_begin, hidden_end, end, s.states[r],
+                  s.out.data() + r * head_size, head_size);
     }
-    const float* value = widen(tile<T>(a.cache.value, a.cache, table[block], t.head),
-                               head_size * block_size, s.value);
-    // Only tokens that some row of the tile sees are read (hidden memory may hold NaN).
-    const int64_t end = std::clamp<int64_t>(last_position + 1 - base, 0, block_size);
-    const int64_t gap_begin = std::clamp<int64_t>(span.sink - base, 0, end);
-    const int64_t gap_end = std::clamp<int64_t>(tile_gap_end - base, gap_begin, end);
-    add_values<float>(s.logits.data(), rows, block_size, value, nullptr, head_size, 0, gap_begin,
-                      s.out.data());
-    add_values<float>(s.logits.data(), rows, block_size, value, nullptr, head_size, gap_end, end,
-                      s.out.data());
+    for_seen_blocks(a.cache.value, s.value, [&](const float* value, const float* next,
+                                                int64_t begin) {
+      const auto add = [&](int64_t first, int64_t last) {
+        add_values<float, kPrefillRows, kPrefillCols>(s.logits.data() + begin - base, rows, step,
+                                                      value, next, head_size, first, last,
+                                                      s.out.data());
+      };
+      const int64_t end = std::min(block_size, num_tokens - begin);
+      const int64_t hidden_begin = std::clamp<int64_t>(span.sink - begin, 0, end);
+      add(0, hidden_begin);
+      add(std::clamp<int64_t>(gap_end - begin, hidden_begin, end), end);
+    });
   }
   for (int64_t r = 0; r < rows; ++r) {
     T* to = out + (start + t.first + r / group) * out_stride +
             (t.head * group + r % group) * head_size;
     const float inverse = 1.f / s.states[r].sum;
     for (int64_t d = 0; d < head_size; ++d)
-      to[d] = static_cast<T>(s.out[r * head_size + d] * inverse);
+      to[d] = static_cast<T>(s.out.data()[r * head_size + d] * inverse);
   }
 }
 
