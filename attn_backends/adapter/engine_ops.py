@@ -88,9 +88,9 @@ class CpuPagedAttention:
 
 def _ours_is_faster(dtype: torch.dtype) -> bool:
     """Measured (docs/measurements.md); where ours cannot be built, the engine's is faster."""
-    measured = {"AVX2": (torch.float32,), "AVX512": (torch.float32, torch.bfloat16)}
-    faster = measured.get(torch.backends.cpu.get_cpu_capability(), ())
-    return dtype in faster and native.unavailable_reason() is None
+    is_vectorised = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    is_measured = dtype in (torch.float32, torch.bfloat16)
+    return is_vectorised and is_measured and native.unavailable_reason() is None
 
 
 def paged_attention() -> OpImpl:
