@@ -76,7 +76,7 @@ class CpuPagedAttention:
         if context.with_rule:
             return "has no sink blocks"
         if _ours_is_faster(layout.dtype):
-            return "slower than ours for float32 without AVX-512"
+            return f"slower than ours for {layout.dtype} on this CPU"
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         if layout.head_size not in CPUAttentionBackend.get_supported_head_sizes():
@@ -88,8 +88,9 @@ class CpuPagedAttention:
 
 def _ours_is_faster(dtype: torch.dtype) -> bool:
     """Measured (docs/measurements.md); where ours cannot be built, the engine's is faster."""
-    is_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return is_avx2 and dtype is torch.float32 and native.unavailable_reason() is None
+    is_vectorised = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    is_measured = dtype in (torch.float32, torch.bfloat16)
+    return is_vectorised and is_measured and native.unavailable_reason() is None
 
 
 def paged_attention() -> OpImpl:

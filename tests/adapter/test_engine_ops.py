@@ -22,8 +22,11 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86 C
     [
         ("AVX2", torch.float32, True, "cpu"),
         ("AVX2", torch.float32, False, "engine"),
-        ("AVX2", torch.bfloat16, True, "engine"),
-        ("AVX512", torch.float32, True, "engine"),
+        ("AVX2", torch.bfloat16, True, "cpu"),
+        ("AVX512", torch.float32, True, "cpu"),
+        ("AVX512", torch.bfloat16, True, "cpu"),
+        ("AVX512", torch.bfloat16, False, "engine"),
+        ("AVX512", torch.float16, True, "engine"),
     ],
 )
 def test_prefill_goes_where_it_is_faster(
