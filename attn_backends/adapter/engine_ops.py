@@ -75,14 +75,14 @@ class CpuPagedAttention:
             return "offered on x86 CPUs only"
         if context.with_rule:
             return "has no sink blocks"
-        if _ours_is_faster(layout.dtype):
-            return f"slower than ours for {layout.dtype} on this CPU"
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         if layout.head_size not in CPUAttentionBackend.get_supported_head_sizes():
             return f"the engine's kernel does not take heads of {layout.head_size}"
         if layout.order is not KVOrder.KEY_TRANSPOSED or layout.block_size % 32:
             return "needs KEY_TRANSPOSED blocks of a multiple of 32 tokens"
+        if _ours_is_faster(layout.dtype):
+            return f"slower than ours for {layout.dtype} on this CPU"
         return None
 
 
