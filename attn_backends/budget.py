@@ -16,6 +16,7 @@ from attn_backends.plan import (
     Anchor,
     AnchorState,
     DecodeWay,
+    HeadMap,
     KeptRows,
     LayerPlan,
     LayerRole,
@@ -130,6 +131,7 @@ class BudgetSelector:
         reselect_steps: int = 1,
     ) -> None:
         self._config, self._schedule = config, schedule
+        self._anchors = schedule.of_role(*CHOOSING_ROLES)
         self._block_size = block_size = geometry.block_size
         self._budget_blocks = -(-config.budget_tokens // block_size)
         self._sink_blocks = -(-config.sink_tokens // block_size)
@@ -158,10 +160,6 @@ class BudgetSelector:
             self._keeper = SelectionKeeper(
                 reselect_steps, self._budget_kind, self._anchors, shape, device
             )
-
-    @property
-    def _anchors(self) -> tuple[int, ...]:
-        return self._schedule.of_role(*CHOOSING_ROLES)
 
     def plan(self, rows: StepRows) -> StepPlan:
         """See ``Selector.plan``."""
@@ -205,7 +203,9 @@ class BudgetSelector:
             inherits = layer in inheriting
             ways[layer] = Anchor(selection, state, everything, inherits, kept.get(layer))
         for layer in self._schedule.of_role(LayerRole.REUSE):
-            ways[layer] = Reuse(selection, state, self._head_maps.get(layer), mapped, checked)
+            heads = self._head_maps.get(layer)
+            head_map = None if heads is None else HeadMap(heads, mapped)
+            ways[layer] = Reuse(selection, state, head_map, checked)
         return {layer: LayerPlan(way) for layer, way in ways.items()}
 
     def _kept(

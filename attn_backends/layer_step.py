@@ -13,7 +13,7 @@ import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch
 from attn_backends.ops.resolution import Ops
-from attn_backends.plan import Anchor, AnchorState, Dense, LayerPlan, Reuse, Selected
+from attn_backends.plan import Anchor, AnchorState, Dense, KeptRows, LayerPlan, Reuse, Selected
 from attn_backends.recall import SERVED, inherited_recall, own_recall, served_recall
 
 
@@ -131,7 +131,7 @@ class LayerStep:
             attended = out if way.attends_everything else None
             self._choose(way, decode, query, attended)
         else:
-            self._rechoose(way, decode, query)
+            self._rechoose(way, way.kept, decode, query)
         if not way.attends_everything:
             self._read(way.selection, decode, query, out)
 
@@ -163,11 +163,11 @@ class LayerStep:
             into,
         )
 
-    def _rechoose(self, way: Anchor, decode: PagedBatch, query: torch.Tensor) -> None:
+    def _rechoose(
+        self, way: Anchor, kept: KeptRows, decode: PagedBatch, query: torch.Tensor
+    ) -> None:
         """Rows that are due choose and keep what they chose; then all read what is kept."""
-        kept, selection = way.kept, way.selection
-        if kept is None:
-            return
+        selection = way.selection
         if kept.due is not None:
             state = _of_rows(way.state, kept.due)
             chosen = _selection_of_rows(selection, kept.due)
@@ -206,11 +206,12 @@ class LayerStep:
 
 def _mapped(way: Reuse) -> BlockSelection:
     """The selection, each KV head with that of the anchor's head it follows."""
-    if way.head_map is None or way.mapped is None:
+    if way.head_map is None:
         return way.selection
-    torch.index_select(way.selection.logical_blocks, 1, way.head_map, out=way.mapped.logical_blocks)
-    torch.index_select(way.selection.counts, 1, way.head_map, out=way.mapped.counts)
-    return way.mapped
+    heads, mapped = way.head_map.heads, way.head_map.mapped
+    torch.index_select(way.selection.logical_blocks, 1, heads, out=mapped.logical_blocks)
+    torch.index_select(way.selection.counts, 1, heads, out=mapped.counts)
+    return mapped
 
 
 def _selection_of_rows(selection: BlockSelection, rows: torch.Tensor) -> BlockSelection:

@@ -21,7 +21,7 @@ from attn_backends.head_tables import (
     unfold_prefill,
 )
 from attn_backends.layer_step import LayerStep, StepBatch
-from attn_backends.plan import LayerPlan, Selected
+from attn_backends.plan import Dense, LayerPlan, Selected
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,22 @@ class SplitLayerStep:
 
     Attributes:
         step: with the pool's views, ``[num_tiles, 1, block_size, head_size]``, and ops that serve
-            layers of one KV head; its plan reads everything or a selection.
+            layers of one KV head.
         rows: of the step.
         places: of the layer's heads.
+
+    Raises:
+        TypeError: a plan that chooses blocks, or has a witness: it would see heads as rows.
     """
 
     step: LayerStep
     rows: SplitRows
     places: HeadPlaces
+
+    def __post_init__(self) -> None:
+        plan = self.step.plan
+        if not isinstance(plan.decode, Dense | Selected) or plan.witness is not None:
+            raise TypeError(f"a layer whose heads keep different blocks cannot follow {plan}")
 
     def attend(self, query: torch.Tensor, out: torch.Tensor) -> None:
         """See ``LayerStep.attend``."""

@@ -108,7 +108,6 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         )
         schedule = method.schedule(config, geometry)
         self._max_model_len = geometry.max_model_len
-
         owner = next(iter(layers.values()))
         self._planner = shared_planner(
             owner,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, RowOptions
 from attn_backends.budget import BudgetConfig, BudgetSelector
+from attn_backends.head_tables import HeadPlaces
 from attn_backends.layer_step import LayerStep, StepBatch
 from attn_backends.method import Geometry
 from attn_backends.ops.dispatch import OpContext
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, resolve_ops
 from attn_backends.plan import Anchor, Dense, KeptRows, LayerPlan, LayerRole, LayerSchedule
+from attn_backends.split_step import SplitLayerStep, SplitRows
 from kvcache.layout import PagedKVLayout, kv_views
 from tests.batches import decode_batch, step_rows
 
@@ -118,6 +121,18 @@ def test_rows_that_keep_everything_are_read_whole_and_not_scored() -> None:
     LayerStep(LayerPlan(Dense()), batch, layer.ops, views, SCALE).attend(query, dense)
     torch.testing.assert_close(out, dense)
     assert plan.decode.state.recall[:, 0].tolist() == [1.0] * ROWS
+
+
+def test_a_split_layer_refuses_what_it_would_serve_wrongly() -> None:
+    layer = _Layer()
+    choosing = layer.selector.plan(step_rows([340, 200, 300])).layers[0]
+    witnessed = LayerPlan(Dense(), witness=lambda query, key_cache, batch: None)
+    batch = StepBatch(decode=_batch([340, 200, 300]), prefill=None)
+    places = HeadPlaces([0] * KV_HEADS, range(KV_HEADS), BLOCK, CPU)
+    for plan in (choosing, witnessed):
+        step = LayerStep(plan, batch, layer.ops, kv_views(layer.cache, ORDER), SCALE)
+        with pytest.raises(TypeError, match="heads keep different blocks cannot follow"):
+            SplitLayerStep(step, SplitRows(KV_HEADS, None, None), places)
 
 
 def test_a_witness_sees_the_prefill_rows_alone() -> None:
