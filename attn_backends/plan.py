@@ -256,11 +256,11 @@ def reading_everything(plan: LayerPlan, row: int) -> LayerPlan:
     Layers with a window keep it: what is outside may be freed. Nothing is kept or checked.
     """
     way = plan.decode
-    if not isinstance(way, Anchor | Reuse):
+    if isinstance(way, Reuse):
+        return replace(plan, decode=replace(way, checked=None))
+    if not isinstance(way, Anchor):
         return plan
     budgets = way.state.budget_blocks.clone()
     budgets[row] = way.state.block_mass.shape[2]
     state = replace(way.state, budget_blocks=budgets)
-    if isinstance(way, Anchor):
-        return replace(plan, decode=replace(way, state=state, kept=None))
-    return replace(plan, decode=replace(way, state=state, checked=None))
+    return replace(plan, decode=replace(way, state=state, kept=None))

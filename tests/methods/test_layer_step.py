@@ -14,7 +14,16 @@ from attn_backends.layer_step import LayerStep, StepBatch
 from attn_backends.method import Geometry
 from attn_backends.ops.dispatch import OpContext
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, resolve_ops
-from attn_backends.plan import Anchor, Dense, KeptRows, LayerPlan, LayerRole, LayerSchedule
+from attn_backends.plan import (
+    Anchor,
+    Dense,
+    KeptRows,
+    LayerPlan,
+    LayerRole,
+    LayerSchedule,
+    Reuse,
+    reading_everything,
+)
 from attn_backends.split_step import SplitLayerStep, SplitRows
 from kvcache.layout import PagedKVLayout, kv_views
 from tests.batches import decode_batch, step_rows
@@ -121,6 +130,19 @@ def test_rows_that_keep_everything_are_read_whole_and_not_scored() -> None:
     LayerStep(LayerPlan(Dense()), batch, layer.ops, views, SCALE).attend(query, dense)
     torch.testing.assert_close(out, dense)
     assert plan.decode.state.recall[:, 0].tolist() == [1.0] * ROWS
+
+
+def test_an_audit_reads_everything_in_one_row_alone() -> None:
+    layer = _Layer()
+    plan = layer.selector.plan(step_rows([340, 340, 340])).layers[0]
+    wide = reading_everything(plan, 1)
+    for one in (plan, wide):
+        assert isinstance(one.decode, Anchor)
+    assert plan.decode.state.budget_blocks.tolist() == [4, 4, 4]
+    assert wide.decode.state.budget_blocks.tolist() == [4, BLOCKS, 4]
+    reuse = LayerPlan(Reuse(plan.decode.selection, plan.decode.state, checked=torch.tensor([1])))
+    assert reading_everything(reuse, 1).decode == replace(reuse.decode, checked=None)
+    assert reading_everything(LayerPlan(Dense()), 1) == LayerPlan(Dense())
 
 
 def test_a_split_layer_refuses_what_it_would_serve_wrongly() -> None:
