@@ -14,7 +14,7 @@ import pytest
 from attn_backends.config import ConfigError
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.profile import fingerprint, load_profile, shipped_profile
-from vllm_ext.calibration.trials import Trials
+from vllm_ext.calibration.state import SavedState
 from vllm_ext.cli.policy_file import read_policy
 from vllm_ext.engine_process import kv_token_bytes
 from vllm_ext.errors import UserError
@@ -182,8 +182,8 @@ def test_a_model_config_is_a_json_object(content: str, tmp_path: Path) -> None:
         shipped_profile(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"key": 1, "verdicts": 2}', b"\xff"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"key": 1, "found": 2}', b"\xff"])
 def test_a_state_that_is_not_of_a_calibration_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "p.state.json").write_bytes(content)
     with pytest.raises(UserError, match=r"p\.state\.json is not of an interrupted calibration"):
-        Trials(tmp_path / "p.state.json", {})
+        SavedState(tmp_path / "p.state.json", {})
