@@ -182,4 +182,5 @@ METHOD = SparseMethod(
     entries=_entries,
     reach=(),
     profile_section=HeadSpans,
+    chunk_tokens=512,
 )
