@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from attn_backends.config import ConfigError, EngineFacts, MethodConfig, SettingError, one_of
+from attn_backends.config import ConfigError, MethodConfig, SettingError, one_of
 from attn_backends.head_classes import MAX_CLASSES, covered_in_classes, require_unpadded
 from attn_backends.method import Capabilities, Geometry, SparseMethod, keep_everything
 from attn_backends.moa_rules import load_rules
@@ -103,15 +103,6 @@ class MoaConfig(MethodConfig):
         super().__post_init__()
         if self.rules and self.profile != "auto":
             raise SettingError("rules", f"is {self.rules!r} beside a profile: give one of them")
-
-    def check(self, engine: EngineFacts) -> None:
-        """See ``MethodConfig.check``."""
-        if engine.num_workers > 1:
-            raise SettingError(
-                "retention",
-                f"is {self.retention} on {engine.num_workers} workers; KV heads with caches of "
-                "their own have not been tried under parallelism: use one worker per replica",
-            )
 
 
 def _spans(config: MoaConfig, geometry: Geometry) -> list[list[Span]]:

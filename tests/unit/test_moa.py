@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from attn_backends.config import ConfigError, EngineFacts, SettingError
+from attn_backends.config import ConfigError, SettingError
 from attn_backends.head_classes import MAX_CLASSES, covered_in_classes, padded_entries
 from attn_backends.method import Geometry
 from attn_backends.methods.moa import METHOD, HeadSpans, MoaConfig
@@ -18,6 +18,7 @@ from attn_backends.moa_rules import load_rules
 from attn_backends.plan import LayerRole
 from kvcache.retention import KeepAll, SpanRetention
 from kvcache.spans import Span, covering, everything
+from tests.moa_profile import write_profile
 
 GEOMETRY = Geometry(4, 3, 9, 64, 32, 8, 8192)
 
@@ -35,19 +36,9 @@ def _section(**changed: Any) -> HeadSpans:
 
 def _profile(folder: Path, section: HeadSpans) -> str:
     path = folder / "moa.json"
-    path.write_text(
-        json.dumps(
-            {
-                "schema_version": 2,
-                "fingerprint": "0" * 64,
-                "model": "toy",
-                "num_layers": 4,
-                "num_kv_heads": 3,
-                "methods": {"MOA": section.model_dump()},
-                "calibration": {},
-            }
-        )
-    )
+    written = json.loads(Path(write_profile(path, 4, 3)).read_text())
+    written["methods"]["MOA"] = section.model_dump()
+    path.write_text(json.dumps(written))
     return str(path)
 
 
@@ -135,8 +126,6 @@ def test_without_a_profile_it_says_how_to_make_one() -> None:
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(SettingError, match=r"rules is 'a.json' beside a profile"):
         MoaConfig(profile="p.json", rules="a.json")
-    with pytest.raises(SettingError, match=r"2 workers; .* one worker per replica"):
-        MoaConfig().check(EngineFacts("cpu", 32, 2))
 
 
 def _published(folder: Path, alphas: Any, betas: Any) -> Path:
