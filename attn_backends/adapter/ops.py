@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -21,10 +20,20 @@ if TYPE_CHECKING:
     from kvcache.spans import Span
 
 
-@functools.cache
+_IN_USE: dict[tuple[OpContext, str], Ops] = {}
+
+
 def engine_and_our_ops(context: OpContext, kernel: str) -> Ops:
     """See ``resolve_ops``; once for each geometry."""
-    return resolve_ops(context, kernel, engine_ops.implementations(context.device_type))
+    if (context, kernel) not in _IN_USE:
+        engine = engine_ops.implementations(context.device_type)
+        _IN_USE[context, kernel] = resolve_ops(context, kernel, engine)
+    return _IN_USE[context, kernel]
+
+
+def ops_in_use() -> dict[OpContext, Ops]:
+    """What layers of this process were given, for reports."""
+    return {context: ops for (context, _), ops in _IN_USE.items()}
 
 
 def op_context(
@@ -82,6 +91,8 @@ def unserved_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
     )
     context = OpContext(layout, geometry.num_query_heads, device_type, with_rule=True)
     kernel = method_config(vllm_config, method).kernel
+    if kernel == "reference" and not vllm_config.model_config.enforce_eager:
+        return ["--kernel reference without --enforce-eager (it waits for the GPU in every row)"]
     try:
         # Not the cached one: vLLM's configuration, which may name a version, is not set yet.
         resolve_ops(context, kernel, engine_ops.implementations(device_type))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.ops.merge_attn_states import _merge_attn_states_torch
 
+from attn_backends.adapter import ops
 from attn_backends.adapter.engine_ops import cuda
 from attn_backends.adapter.ops import engine_and_our_ops, op_context, unserved_reasons
 from attn_backends.batch import SpanRule
 from attn_backends.config import ConfigError
+from attn_backends.head_tables import fold_prefill_rule, fold_rule
 from attn_backends.ops.cache_write.api import implementations as cache_writers
 from attn_backends.ops.dispatch import OpContext
 from kvcache.layout import KVOrder, PagedKVLayout, kv_views
@@ -116,9 +117,7 @@ class PlayedFlash:
 
 
 @pytest.fixture(params=[2, 3])
-def played(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[PlayedFlash]:
+def played(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PlayedFlash:
     """A GPU for which vLLM would choose this FlashAttention."""
     flash = PlayedFlash()
     platform = type(current_platform)
@@ -127,9 +126,8 @@ def played(
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash, raising=False)
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **asked: request.param)
     monkeypatch.setattr("vllm._custom_ops.merge_attn_states", _merge_attn_states_torch)
-    engine_and_our_ops.cache_clear()
-    yield flash
-    engine_and_our_ops.cache_clear()
+    monkeypatch.setattr(ops, "_IN_USE", {})
+    return flash
 
 
 def _problem(**changes: Any) -> Problem:
@@ -349,15 +347,16 @@ def test_nothing_falls_to_the_reference_on_a_gpu(played: PlayedFlash) -> None:
         engine_and_our_ops(_context(head_size=512), "auto")
 
 
-def _vllm_config(head_size: int) -> Any:
+def _vllm_config(head_size: int, kernel: str = "auto") -> Any:
     """What start-up checks look at."""
-    model: Any = type("Model", (), {})()
+    model: Any = type("Model", (), {"enforce_eager": False})()
     model.dtype, model.model, model.max_model_len = torch.bfloat16, "", 4096
     model.get_total_num_hidden_layers = lambda: 2
     model.get_num_kv_heads = model.get_num_attention_heads = lambda parallel: 2
     model.get_head_size = lambda: head_size
     config: Any = type("Config", (), {})()
-    config.model_config, config.parallel_config, config.additional_config = model, None, {}
+    config.model_config, config.parallel_config = model, None
+    config.additional_config = {"vllm_ext": {"kernel": kernel}}
     config.attention_config = type("A", (), {"backend": type("B", (), {"name": "SPARSE_FULL"})})
     config.cache_config = type("C", (), {"block_size": 16})
     config.scheduler_config = type("S", (), {"max_num_seqs": 8})
@@ -370,3 +369,20 @@ def test_what_no_kernel_serves_is_refused_before_a_model_is_loaded(played: Playe
     assert "heads of 512 in KV blocks of 16 tokens" in reason
     assert "no implementation of" in reason
     assert unserved_reasons(_vllm_config(head_size=512), "cpu") == []
+
+
+def test_the_reference_is_for_eager_doubts_only(played: PlayedFlash) -> None:
+    config = _vllm_config(head_size=128, kernel="reference")
+    (reason,) = unserved_reasons(config, "cuda")
+    assert "--enforce-eager" in reason
+    config.model_config.enforce_eager = True
+    assert unserved_reasons(config, "cuda") == []
+
+
+def test_a_rule_knows_its_window_wherever_it_goes() -> None:
+    rule = SpanRule.of([Span(4, 64)] * 2, 3, torch.device("cpu"))
+    folded = (fold_rule(rule.rows(1, 3)), fold_prefill_rule(rule.rows(1, 3)))
+    for one in (rule, rule.rows(1, 3), *folded):
+        assert one is not None
+        assert one.span == Span(4, 64)
+    assert SpanRule.of([Span(4, 64), Span(4, 32)], 3, torch.device("cpu")).span is None
