@@ -59,11 +59,10 @@ class FlashAttention:
         if span is None or span.window_tokens is None:
             raise ValueError(f"FlashAttention has one window for all heads and rows, not {rule}")
         launch = self._launcher(query, key_cache, value_cache, scale)
-        reach = span.sink_tokens + span.window_tokens
-        if span.sink_tokens and reach < batch.max_seq_len:
+        hides = span.sink_tokens + span.window_tokens < batch.max_seq_len
+        if hides and span.sink_tokens:
             self._attend_apart(launch, batch, span.sink_tokens, span.window_tokens, out)
             return
-        hides = reach < batch.max_seq_len
         launch(
             cu_seqlens_q=batch.query_start_loc,
             block_table=batch.block_table,
@@ -71,7 +70,7 @@ class FlashAttention:
             max_seqlen_q=_max_query_len(batch),
             max_seqlen_k=batch.max_seq_len,
             causal=True,
-            window_size=_window(span.window_tokens) if hides else None,
+            window_size=[span.window_tokens - 1, 0] if hides else None,
             out=out,
         )
 
@@ -98,7 +97,7 @@ class FlashAttention:
             seqused_k=rows.far_keys,
             max_seqlen_k=batch.max_seq_len,
             causal=True,
-            window_size=_window(window_tokens),
+            window_size=[window_tokens - 1, 0],  # keys before a query's own, and after
             return_softmax_lse=True,
         )
         sinks, sinks_lse = launch(
@@ -188,11 +187,6 @@ class FlashAttention:
 def _max_query_len(batch: PagedBatch) -> int:
     # At 1, FlashAttention 2 takes it that every row has exactly one query: rows may be empty here.
     return max(batch.max_query_len, 2)
-
-
-def _window(window_tokens: int) -> list[int]:
-    """As FlashAttention counts it: keys before a query's own, and after."""
-    return [window_tokens - 1, 0]
 
 
 def _version_for(head_size: int) -> int | None:
