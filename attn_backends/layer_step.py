@@ -101,7 +101,7 @@ class LayerStep:
         way = self.plan.decode
         match way:
             case Dense():
-                self.ops.anchor_decode.run(query, *self.views, decode, self.scale, out, None)
+                self.ops.dense_decode.run(query, *self.views, decode, self.scale, out)
             case Selected():
                 self._read(way.selection, decode, query, out)
             case Anchor():

@@ -126,9 +126,9 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         num_query_heads = sample.num_heads // sample.num_kv_heads * kv_cache_spec.num_kv_heads
         plain, ruled = (
             engine_and_our_ops(
-                op_context(kv_cache_spec, num_query_heads, device, with_rule), config.kernel
+                op_context(kv_cache_spec, num_query_heads, device, spans), config.kernel
             )
-            for with_rule in (False, bool(schedule.spans))
+            for spans in ((), schedule.spans.values())
         )
         self._ops = (plain, ruled)
         logger.info("%s: block %d tokens; %s; %s", method.name, geometry.block_size, ruled, config)

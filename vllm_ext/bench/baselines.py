@@ -19,7 +19,8 @@ from vllm_ext.bench.workloads import BatchSpec
 
 def dense_baselines(spec: BatchSpec, device_type: str) -> list[OpImpl]:
     """The baselines of a device, as implementations of ``paged_attention``."""
-    impls = [engine_ops.paged_attention()]
+    engine = engine_ops.implementations(device_type)
+    impls = [impl for impl in engine if impl.op == "paged_attention"]
     if device_type == "cuda":
         has_xformers = importlib.util.find_spec("xformers") is not None
         missing = None if has_xformers else "xformers is not installed"
