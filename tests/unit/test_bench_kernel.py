@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attn_backends.ops.dispatch import OpContext, OpImpl
-from vllm_ext.bench import baselines, cases, kernel, kernel_report
+from vllm_ext.bench import baselines, cases, kernel_report, timing
 from vllm_ext.bench.workloads import Row, make_problem, parse_batches, preset
 from vllm_ext.cli import main
 from vllm_ext.errors import UserError
@@ -79,8 +79,8 @@ def test_user_errors_exit_2(
 
 def _bench(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     """The command on the CPU, one round of everything."""
-    monkeypatch.setattr(kernel, "BANDWIDTH_BUFFER_BYTES", 1 << 20)
-    monkeypatch.setattr(kernel, "MIN_SAMPLE_MS", 0.1)
+    monkeypatch.setitem(timing.BANDWIDTH_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(timing, "MIN_SAMPLE_MS", 0.1)
     return main(["bench", "kernel", "--device", "cpu", "--rounds", "1", *argv])
 
 
@@ -160,7 +160,7 @@ def test_what_cannot_serve_is_listed_with_its_reason(
 
 
 def test_the_contiguous_baseline_reads_the_pages_rightly() -> None:
-    problem = make_problem(parse_batches("3q1s100")[0], preset("demo", "cpu"), "cpu")
+    problem = make_problem(parse_batches("3q1s100")[0], preset("demo", 32), "cpu")
     case = cases.make_cases(problem, ["paged_attention"], 512)[0]
     run = baselines.ContiguousAttention(baselines.sdpa).run
     sdpa = OpImpl("paged_attention", "sdpa", run, lambda context: None)
@@ -168,7 +168,7 @@ def test_the_contiguous_baseline_reads_the_pages_rightly() -> None:
 
 
 def test_contiguous_baselines_refuse_ragged_rows_and_prefill() -> None:
-    context = make_problem(parse_batches("q1s8")[0], preset("demo", "cpu"), "cpu").context
+    context = make_problem(parse_batches("q1s8")[0], preset("demo", 32), "cpu").context
     for text, reason in (("2q1s8", None), ("q1s8+q1s9", "equal"), ("q2s8", "equal")):
         found = _sdpa_reason(text, context)
         assert (found is None) if reason is None else (reason in str(found))
@@ -180,7 +180,7 @@ def _sdpa_reason(text: str, context: OpContext) -> str | None:
 
 
 def test_copies_fill_the_caches_but_are_few() -> None:
-    problem = make_problem(parse_batches("q1s8")[0], preset("demo", "cpu"), "cpu")
+    problem = make_problem(parse_batches("q1s8")[0], preset("demo", 32), "cpu")
     assert len(problem.caches) == 4
     assert all(torch.equal(problem.caches[0], cache) for cache in problem.caches)
 
@@ -190,7 +190,14 @@ def test_derived_checks_compare_like_with_like() -> None:
     rows: list[dict[str, Any]] = []
     for spec, sparse_ms in zip(specs, (2.0, 3.0, 9.0, 0.1, 0.1), strict=True):
         for op, ms in (("sparse_decode", sparse_ms), ("anchor", 6.0), ("dense decode", 5.0)):
-            row = {"batch": spec.text, "op": op, "impl": "cpu", "ms": [ms], "ms_median": ms}
+            row = {
+                "batch": spec.text,
+                "block_size": 32,
+                "op": op,
+                "impl": "cpu",
+                "ms": [ms],
+                "ms_median": ms,
+            }
             rows += [row, row | {"impl": "reference"}]
     *anchors, flat = kernel_report.derived_checks(specs, rows, budget_tokens=512)
     assert [(check["ratio"], check["holds"]) for check in anchors] == [(1.2, False)] * 5

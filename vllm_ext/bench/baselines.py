@@ -1,10 +1,12 @@
 """Dense attention by others, which ``vllm-ext bench kernel`` compares with.
 
-On CPUs that is vLLM's own kernel; on GPUs torch's and xformers'.
+On CPUs that is vLLM's own kernel; on GPUs vLLM's FlashAttention over our cache as it is, torch's
+and xformers'.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -22,11 +24,64 @@ def dense_baselines(spec: BatchSpec, device_type: str) -> list[OpImpl]:
     engine = engine_ops.implementations(device_type)
     impls = [impl for impl in engine if impl.op == "paged_attention"]
     if device_type == "cuda":
+        impls.append(OpImpl("paged_attention", "flash_attn", flash_attention, no_flash_attention))
         has_xformers = importlib.util.find_spec("xformers") is not None
         missing = None if has_xformers else "xformers is not installed"
         impls.append(_contiguous("sdpa", sdpa, spec, None))
         impls.append(_contiguous("xformers", xformers, spec, missing))
     return impls
+
+
+@functools.cache
+def _flash_attention_version(head_size: int) -> int | None:
+    """What vLLM itself would choose on this GPU; None where it has no FlashAttention."""
+    try:
+        from vllm.v1.attention.backends import fa_utils
+    except ImportError:  # a build without it
+        return None
+    version: int | None = fa_utils.get_flash_attn_version(head_size=head_size)
+    return version
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: PagedBatch,
+    rule: SpanRule | None,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """See ``attn_backends/ops/paged_attention/api.py``; ``rule`` must be None."""
+    from vllm.v1.attention.backends import fa_utils
+
+    fa_utils.flash_attn_varlen_func(
+        query,
+        key_cache.transpose(1, 2),
+        value_cache.transpose(1, 2),
+        max_seqlen_q=batch.max_query_len,
+        cu_seqlens_q=batch.query_start_loc,
+        max_seqlen_k=batch.max_seq_len,
+        seqused_k=batch.seq_lens,
+        block_table=batch.block_table,
+        softmax_scale=scale,
+        causal=True,
+        out=out,
+        fa_version=_flash_attention_version(query.shape[2]),
+    )
+
+
+def no_flash_attention(context: OpContext) -> str | None:
+    """See ``OpImpl``."""
+    if context.device_type != "cuda":
+        return "offered on GPUs only"
+    if context.layout.dtype not in (torch.bfloat16, torch.float16):
+        return f"does not take {context.layout.dtype}"
+    if context.layout.block_size % 16:
+        return "needs blocks of a multiple of 16 tokens"
+    if _flash_attention_version(context.layout.head_size) is None:
+        return "vLLM has no FlashAttention for this GPU"
+    return None
 
 
 def _contiguous(

@@ -55,6 +55,7 @@ class Case:
     reference_call: tuple[Any, ...]
     reference_results: tuple[torch.Tensor, ...]
     bounds: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]] | None
+    prefill_flops: int = 0  # of attention with rows of more than one query token: what bounds it
 
     @property
     def is_baseline(self) -> bool:
@@ -130,7 +131,15 @@ def _attention_case(
         reference_call=(query, *views[0], batch, *middle, scale, exact, *exact_masses),
         reference_results=(exact, *(mass for mass in exact_masses if mass is not None)),
         bounds=bounds,
+        prefill_flops=_flops(query, batch) if batch.max_query_len > 1 else 0,
     )
+
+
+def _flops(query: torch.Tensor, batch: PagedBatch) -> int:
+    """Two matrix products over what each query sees; a sum or product is one operation."""
+    query_lens = batch.query_start_loc.diff().long()
+    seen = query_lens * batch.seq_lens - query_lens * (query_lens - 1) // 2
+    return 4 * query.shape[1] * query.shape[2] * int(seen.sum())
 
 
 def _scores_case(problem: Problem, decode: PagedBatch, baseline: str, mass: torch.Tensor) -> Case:
