@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,10 @@ def test_bad_batches_name_the_term_and_one_that_works(text: str, words: list[str
         (["--rounds", "0"], ["--rounds"]),
         (["--query-heads", "4"], ["--query-heads", "4", "--kv-heads", "3"]),
         (["--head-size", "0"], ["--head-size", "0"]),
+        (["--budget-tokens", "0"], ["--budget-tokens", "'0'", "512, 10%"]),
+        (["--budget-tokens", "0%"], ["--budget-tokens", "'0%'"]),
+        (["--budget-tokens", "many"], ["--budget-tokens", "many"]),
+        (["--block-size", "16,0"], ["--block-size", "16,0"]),
     ],
 )
 def test_user_errors_exit_2(
@@ -183,6 +188,87 @@ def test_copies_fill_the_caches_but_are_few() -> None:
     problem = make_problem(parse_batches("q1s8")[0], preset("demo", 32), "cpu")
     assert len(problem.caches) == 4
     assert all(torch.equal(problem.caches[0], cache) for cache in problem.caches)
+
+
+class _GpuLikeTimer:
+    """The CPU's clock with a figure that GPUs have."""
+
+    def prepare(self, run: timing.Run, calls: timing.Calls) -> timing.Timed:
+        timed = timing.CpuTimer().prepare(run, calls)
+        timed.host_us = 7.0
+        return timed
+
+
+def test_what_a_gpu_reports_follows_from_its_timer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(timing.TIMERS, "cpu", _GpuLikeTimer)
+    target = tmp_path / "kernel"
+    argv = ("--batches", "2q1s96,q64s96", "--impls", "cpu", "--output", str(target))
+    assert _bench(monkeypatch, *argv) == 0
+    rows = json.loads(target.with_suffix(".json").read_text())["rows"]
+    assert {row["host_us"] for row in rows} == {7.0}
+    prefill = next(row for row in rows if row["batch"] == "q64s96" and "attention" in row["op"])
+    flops = 4 * 9 * 64 * sum(range(96 - 64 + 1, 96 + 1))  # the first query sees 33 tokens
+    assert prefill["tflops"] == pytest.approx(flops / prefill["ms_median"] / 1e9)
+    assert [row["op"] for row in rows if "tflops" in row] == ["paged_attention"]
+    assert "| host us per call | TFLOP/s |" in capsys.readouterr().out
+
+
+def test_block_sizes_are_run_and_judged_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("--batches", "1q1s40,1q1s96", "--ops", "anchor_decode,sparse_decode", "--impls", "cpu")
+    assert _bench(monkeypatch, *argv, "--block-size", "32,64", "--budget-tokens", "32") == 0
+    output = capsys.readouterr().out
+    assert "blocks of 32 and 64 tokens" in output
+    for block_size in (32, 64):
+        assert f"| 1q1s96, blocks of {block_size} | sparse_decode | cpu |" in output
+        assert f"(cpu, 1q1s96 / 1q1s40, blocks of {block_size})" in output
+
+
+def test_a_budget_may_be_a_share_of_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "kernel"
+    argv = ("--batches", "1q1s320,1q1s640", "--ops", "sparse_decode", "--impls", "cpu")
+    assert _bench(monkeypatch, *argv, "--budget-tokens", "50%", "--output", str(target)) == 0
+    result = json.loads(target.with_suffix(".json").read_text())
+    read = [row["read_bytes"] for row in result["rows"] if row["op"] == "sparse_decode"]
+    assert read == [tokens * 3 * 2 * 64 * 2 for tokens in (160, 320)]
+    assert result["checks"] == []  # the longer context has the larger budget
+    assert "budget 50% of the context" in capsys.readouterr().out
+
+
+def test_attention_of_a_model_is_summed_up_against_the_fastest_dense_baseline() -> None:
+    times = {"dense decode": 1.0, "anchor, masses only": 0.5, "block_topk": 0.02}
+    times |= {"sparse_decode": 0.1}
+    rows = [
+        {"batch": "8q1s128k", "block_size": size, "op": op, "impl": "triton", "ms": [ms]}
+        | {"ms_median": ms * size / 16, "is_baseline": False}
+        for size in (16, 32)
+        for op, ms in times.items()
+    ]
+    rows += [
+        rows[0] | {"op": "paged_attention", "impl": impl, "ms_median": ms, "is_baseline": True}
+        for impl, ms in (("flash_attn", 0.95), ("sdpa", 0.9))
+    ]
+    (found,) = kernel_report.composed(rows)  # blocks of 32 have no baseline
+    total_ms = 1 + 8 * (0.5 + 0.02) + 31 * 0.1
+    assert found["where"] == "triton, 8q1s128k, blocks of 16"
+    assert (found["dense"], found["dense_ms"]) == ("sdpa", pytest.approx(32 * 0.9))
+    assert found["ratio"] == pytest.approx(32 * 0.9 / total_ms)
+
+
+def test_flash_attention_is_a_baseline_of_gpus_alone() -> None:
+    context = make_problem(parse_batches("q1s8")[0], preset("demo", 32), "cpu").context
+    assert baselines.no_flash_attention(context) == "offered on GPUs only"
+    layout = dataclasses.replace(context.layout, dtype=torch.float32)
+    on_gpu = dataclasses.replace(context, device_type="cuda", layout=layout)
+    assert "torch.float32" in str(baselines.no_flash_attention(on_gpu))
+    layout = dataclasses.replace(context.layout, block_size=24)
+    on_gpu = dataclasses.replace(on_gpu, layout=layout)
+    assert "multiple of 16" in str(baselines.no_flash_attention(on_gpu))
 
 
 def test_derived_checks_compare_like_with_like() -> None:

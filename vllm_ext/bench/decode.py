@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from attn_backends.config import known_settings
+from attn_backends.config import known_settings, parse_config, settings_of
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.bench.decode_memory import GpuMemory, pool_bytes
 from vllm_ext.bench.decode_workload import Cell, Workload
@@ -67,7 +67,7 @@ def engine_arguments(
     """
     engine = {
         "model": workload.model,
-        "max_model_len": max(c.context_tokens for c in workload.cells) + workload.long_tokens + 64,
+        "max_model_len": workload.max_model_len,
         "max_num_seqs": max(cell.batch for cell in workload.cells),
         "kv_cache_memory_bytes": pool_bytes(workload),
         "dtype": workload.dtype,
@@ -83,12 +83,34 @@ def engine_arguments(
     if gpu_share is not None:
         engine["gpu_memory_utilization"] = gpu_share
     if arm.engine in REGISTRY:
-        own = known_settings(load_method(arm.engine).config_cls, settings) | arm.settings
-        if workload.profile and reads_anchors(arm.engine):
-            own = {"profile": workload.profile} | own
+        own = _own_settings(arm, workload, settings)
         engine |= {"attention_backend": arm.engine}
         engine |= {"additional_config": {"vllm_ext": own}} if own else {}
     return engine
+
+
+def _own_settings(arm: Arm, workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
+    own = known_settings(load_method(arm.engine).config_cls, settings) | arm.settings
+    if workload.profile and reads_anchors(arm.engine):
+        own = {"profile": workload.profile} | own
+    return own
+
+
+def all_settings(arm: Arm, workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of an arm's method, defaults as well; a profile of the benchmark's own is left
+    out.
+
+    Raises:
+        ConfigError: one that the method refuses.
+    """
+    if arm.engine not in REGISTRY:
+        return {}
+    own, config_cls = _own_settings(arm, workload, settings), load_method(arm.engine).config_cls
+    config = parse_config(config_cls, own, arm.engine)
+    values = {name: getattr(config, name) for name in settings_of(config_cls)}
+    if workload.profile and values.get("profile") == workload.profile:
+        del values["profile"]
+    return values
 
 
 def _start(arm: Arm, arguments: dict[str, Any]) -> EngineProcess:
@@ -116,13 +138,15 @@ def run(
 
     Returns:
         Per cell and arm the TPOTs (and TTFTs) of all rounds, their median and spread, and the
-        ratio to the baseline of the same round; plus workload, machine, and whether the arms
-        ``alternated``.
+        ratio to the baseline of the same round; plus workload, machine, all settings of the
+        arms, and whether these ``alternated``.
 
     Raises:
+        ConfigError: a method refuses its settings.
         UserError: an engine did not start, the message has the end of its log; or it would not
             fit the GPU.
     """
+    arm_settings = {arm.name: all_settings(arm, workload, settings) for arm in compared}
     memory = GpuMemory.now() if torch.cuda.is_available() else None
     share = memory.engine_share(workload) if memory else None
     alternated = memory is None or memory.engines_at_once(workload) >= len(compared)
@@ -143,6 +167,7 @@ def run(
     return {
         "workload": _described(workload),
         "settings": settings,
+        "arm_settings": arm_settings,
         "machine": machine(),
         "alternated": alternated,
         "cells": [asdict(cell) | {"arms": summaries(arms)} for cell, arms in samples.items()],

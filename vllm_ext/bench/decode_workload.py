@@ -79,6 +79,12 @@ class Workload:
     compilation_config: Mapping[str, Any] | None = None
     times_ttft: bool = False
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest request, with slack."""
+        longest = max(cell.context_tokens for cell in self.cells)
+        return longest + self.long_tokens + 64
+
     def prompts(self, cell: Cell, round_number: int) -> list[list[int]]:
         """Distinct random contexts; those of all rounds are equal unless TTFT is timed."""
         part = f" {round_number}" if self.times_ttft else ""

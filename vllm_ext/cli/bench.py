@@ -122,8 +122,7 @@ def _with_random_model(workload: Workload, args: argparse.Namespace, folder: Pat
     layers = shape.num_hidden_layers if args.layers is None else args.layers
     if layers < 1:
         raise UserError(f"--layers is {layers}; it must be at least 1")
-    longest = max(cell.context_tokens for cell in workload.cells) + workload.long_tokens + 64
-    shapes.write_model(folder, shape, layers, longest)
+    shapes.write_model(folder, shape, layers, workload.max_model_len)
     return dataclasses.replace(
         workload,
         model=str(folder),
