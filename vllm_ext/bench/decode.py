@@ -53,6 +53,12 @@ class Samples:
     tpot_ms: list[float] = field(default_factory=list)
     ttft_ms: list[float] = field(default_factory=list)
 
+    @property
+    def latest(self) -> str:
+        """The last round's, for progress lines."""
+        first = f" after {self.ttft_ms[-1]:.0f}" if self.ttft_ms else ""
+        return f"{self.tpot_ms[-1]:.2f}{first}"
+
 
 def engine_arguments(
     arm: Arm, workload: Workload, settings: dict[str, Any], gpu_share: float | None
@@ -202,8 +208,8 @@ def _time_cell(
                 seconds = arm.generate(prompts, 1)["seconds"]
                 samples[arm.name].ttft_ms.append(1000 * float(seconds))
             samples[arm.name].tpot_ms.append(tpot_ms(arm, prompts, workload))
-        line = ", ".join(f"{name} {values.tpot_ms[-1]:.1f}" for name, values in samples.items())
-        echo(f"{cell}: round {round_number + 1} of {workload.rounds}: TPOT ms {line}")
+        line = ", ".join(f"{name} {values.latest}" for name, values in samples.items())
+        echo(f"{cell}: round {round_number + 1} of {workload.rounds}: ms per token {line}")
     return samples
 
 
