@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,7 +217,7 @@ def test_what_a_gpu_reports_follows_from_its_timer(
 def test_block_sizes_are_run_and_judged_apart(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ("--batches", "1q1s40,1q1s96", "--ops", "anchor_decode,sparse_decode", "--impls", "cpu")
+    argv = ("--batches", "1q1s40,1q1s96", "--ops", "dense_decode,sparse_decode", "--impls", "cpu")
     assert _bench(monkeypatch, *argv, "--block-size", "32,64", "--budget-tokens", "32") == 0
     output = capsys.readouterr().out
     assert "blocks of 32 and 64 tokens" in output
@@ -260,15 +259,21 @@ def test_attention_of_a_model_is_summed_up_against_the_fastest_dense_baseline() 
     assert found["ratio"] == pytest.approx(32 * 0.9 / total_ms)
 
 
-def test_flash_attention_is_a_baseline_of_gpus_alone() -> None:
-    context = make_problem(parse_batches("q1s8")[0], preset("demo", 32), "cpu").context
-    assert baselines.no_flash_attention(context) == "offered on GPUs only"
-    layout = dataclasses.replace(context.layout, dtype=torch.float32)
-    on_gpu = dataclasses.replace(context, device_type="cuda", layout=layout)
-    assert "torch.float32" in str(baselines.no_flash_attention(on_gpu))
-    layout = dataclasses.replace(context.layout, block_size=24)
-    on_gpu = dataclasses.replace(on_gpu, layout=layout)
-    assert "multiple of 16" in str(baselines.no_flash_attention(on_gpu))
+def test_flash_attention_is_launched_as_vllm_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    def impl(op: str) -> OpImpl:
+        return OpImpl(op, "engine", lambda *_: launched.append(op), lambda context: None)
+
+    both = [impl("paged_attention"), impl("dense_decode")]
+    monkeypatch.setattr(baselines.engine_ops, "implementations", lambda device_type: both)
+    for text in ("3q1s100", "q1s8+q5s9"):
+        problem = make_problem(parse_batches(text)[0], preset("demo", 32), "cpu")
+        flash = baselines.dense_baselines(problem.spec, "cuda")[0]
+        assert flash.name == "flash_attn"
+        case = cases.make_cases(problem, ["paged_attention"], 512)[0]
+        flash.run(*case.calls[0])
+    assert launched == ["dense_decode", "paged_attention"]
 
 
 def test_derived_checks_compare_like_with_like() -> None:

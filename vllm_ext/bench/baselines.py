@@ -6,7 +6,6 @@ and xformers'.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -19,69 +18,46 @@ from attn_backends.ops.dispatch import OpContext, OpImpl
 from vllm_ext.bench.workloads import BatchSpec
 
 
+def engine_kernels(op: str, device_type: str) -> list[OpImpl]:
+    """What the engine itself has for an op."""
+    return [impl for impl in engine_ops.implementations(device_type) if impl.op == op]
+
+
 def dense_baselines(spec: BatchSpec, device_type: str) -> list[OpImpl]:
     """The baselines of a device, as implementations of ``paged_attention``."""
-    engine = engine_ops.implementations(device_type)
-    impls = [impl for impl in engine if impl.op == "paged_attention"]
-    if device_type == "cuda":
-        impls.append(OpImpl("paged_attention", "flash_attn", flash_attention, no_flash_attention))
-        has_xformers = importlib.util.find_spec("xformers") is not None
-        missing = None if has_xformers else "xformers is not installed"
-        impls.append(_contiguous("sdpa", sdpa, spec, None))
-        impls.append(_contiguous("xformers", xformers, spec, missing))
-    return impls
+    if device_type == "cpu":
+        return engine_kernels("paged_attention", device_type)
+    has_xformers = importlib.util.find_spec("xformers") is not None
+    missing = None if has_xformers else "xformers is not installed"
+    return [
+        _flash_attention(device_type),
+        _contiguous("sdpa", sdpa, spec, None),
+        _contiguous("xformers", xformers, spec, missing),
+    ]
 
 
-@functools.cache
-def _flash_attention_version(head_size: int) -> int | None:
-    """What vLLM itself would choose on this GPU; None where it has no FlashAttention."""
-    try:
-        from vllm.v1.attention.backends import fa_utils
-    except ImportError:  # a build without it
-        return None
-    version: int | None = fa_utils.get_flash_attn_version(head_size=head_size)
-    return version
+def _flash_attention(device_type: str) -> OpImpl:
+    """FlashAttention over our cache as it is, launched for one query per row where there is one,
+    as vLLM does.
+    """
+    (prefill,) = engine_kernels("paged_attention", device_type)
+    (decode,) = engine_kernels("dense_decode", device_type)
 
+    def run(
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: PagedBatch,
+        rule: SpanRule | None,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        if batch.max_query_len == 1:
+            decode.run(query, key_cache, value_cache, batch, scale, out)
+        else:
+            prefill.run(query, key_cache, value_cache, batch, rule, scale, out)
 
-def flash_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    batch: PagedBatch,
-    rule: SpanRule | None,
-    scale: float,
-    out: torch.Tensor,
-) -> None:
-    """See ``attn_backends/ops/paged_attention/api.py``; ``rule`` must be None."""
-    from vllm.v1.attention.backends import fa_utils
-
-    fa_utils.flash_attn_varlen_func(
-        query,
-        key_cache.transpose(1, 2),
-        value_cache.transpose(1, 2),
-        max_seqlen_q=batch.max_query_len,
-        cu_seqlens_q=batch.query_start_loc,
-        max_seqlen_k=batch.max_seq_len,
-        seqused_k=batch.seq_lens,
-        block_table=batch.block_table,
-        softmax_scale=scale,
-        causal=True,
-        out=out,
-        fa_version=_flash_attention_version(query.shape[2]),
-    )
-
-
-def no_flash_attention(context: OpContext) -> str | None:
-    """See ``OpImpl``."""
-    if context.device_type != "cuda":
-        return "offered on GPUs only"
-    if context.layout.dtype not in (torch.bfloat16, torch.float16):
-        return f"does not take {context.layout.dtype}"
-    if context.layout.block_size % 16:
-        return "needs blocks of a multiple of 16 tokens"
-    if _flash_attention_version(context.layout.head_size) is None:
-        return "vLLM has no FlashAttention for this GPU"
-    return None
+    return OpImpl("paged_attention", "flash_attn", run, prefill.unsupported_reason)
 
 
 def _contiguous(

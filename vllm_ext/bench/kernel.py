@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from attn_backends.ops.dispatch import OpImpl
-from vllm_ext.bench.baselines import dense_baselines
+from vllm_ext.bench.baselines import dense_baselines, engine_kernels
 from vllm_ext.bench.cases import (
     DECODE_ATTENTION,
     DENSE_DECODE,
@@ -36,7 +36,7 @@ from vllm_ext.bench.timing import TIMERS, Timed, Timer, measure_bandwidth
 from vllm_ext.bench.workloads import BatchSpec, Problem, Shape, make_problem
 
 # On a GPU only what a graph can replay; the reference asks the host at every row.
-IMPLS = {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton",)}
+IMPLS = {"cpu": ("cpu", "triton", "reference"), "cuda": ("engine", "triton")}
 
 Echo = Callable[[str], None]
 
@@ -147,7 +147,8 @@ def _run_batch(problem: Problem, options: Options, timer: Timer, echo: Echo) -> 
     arms = []
     for case in make_cases(problem, options.ops, options.budget_of(problem.spec)):
         is_timed = case.op in options.ops and case.name != DECODE_ATTENTION
-        ours = [impl for impl in OPS[case.op]() if is_timed and impl.name in options.impls]
+        known = OPS[case.op]() + engine_kernels(case.op, options.device_type)
+        ours = [impl for impl in known if is_timed and impl.name in options.impls]
         others = dense_baselines(problem.spec, options.device_type) if case.is_baseline else []
         case_arms = [
             Arm(case, impl, impl in others, impl.unsupported_reason(problem.context))

@@ -43,7 +43,7 @@ KERNEL_DEFAULTS = {
         "8q1s128k,1q1s128k,8q1s32k,32q1s32k,q2ks8k,q2ks32k,q2ks128k",
         "10%",
         (16, 64),
-        "triton",
+        "engine,triton",
     ),
 }
 
