@@ -21,9 +21,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
 
+from attn_backends.adapter import worker as worker_module
 from attn_backends.adapter.entries import HeadEntry
 from attn_backends.adapter.impl import ExtAttentionImpl
-from attn_backends.adapter import worker as worker_module
 from attn_backends.adapter.requests import BOOK
 from attn_backends.adapter.worker import ReadyBeforeServing, RetainingWorker
 from attn_backends.config import ConfigError
