@@ -1,15 +1,16 @@
 """Every kernel once, before the first request: what is compiled in service, a request waits for.
 
 Triton compiles a kernel anew for other types, and for arguments that are 1 or that 16 divides: row
-counts, token counts, strides, and addresses of rows behind decode rows. So batches of such sizes
-go the way of every layer, on the layer's own cache and block table. Their rows are short: how long
-a row is changes no launch.
+counts, token counts, strides, and addresses of rows behind decode rows. Kernels may also split rows
+by how many there are, in powers of two. So batches of such sizes go the way of every layer, on the
+layer's own cache and block table. Their rows are short: how long a row is changes no launch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -51,17 +52,17 @@ class Limits:
 
 def batch_sizes(limits: Limits) -> Iterator[tuple[int, int, int]]:
     """Decode rows, prefill rows and tokens of each prefill row, as far as a step may have them."""
-    for num_decodes in ROW_COUNTS:
-        for num_prefills in ROW_COUNTS:
-            for num_tokens in PROMPT_TOKENS if num_prefills else (0,):
-                num_rows = num_decodes + num_prefills
-                fits = (
-                    0 < num_rows <= limits.max_num_reqs
-                    and num_decodes + num_prefills * num_tokens <= limits.max_num_tokens
-                    and num_tokens < limits.max_model_len
-                )
-                if fits:
-                    yield num_decodes, num_prefills, num_tokens
+    most_decodes = min(limits.max_num_reqs, limits.max_num_tokens)
+    for power in range(most_decodes.bit_length()):
+        yield 1 << power, 0, 0
+    for num_decodes, num_prefills, num_tokens in product(ROW_COUNTS, ROW_COUNTS, PROMPT_TOKENS):
+        fits = (
+            num_decodes + num_prefills <= limits.max_num_reqs
+            and num_decodes + num_prefills * num_tokens <= limits.max_num_tokens
+            and num_tokens < limits.max_model_len
+        )
+        if num_prefills and fits:
+            yield num_decodes, num_prefills, num_tokens
 
 
 def warm_up(

@@ -182,3 +182,41 @@ def test_a_prompt_token_among_decode_rows_is_answered_as_prefill_answers_it(
     if method_name == "TIDAL_DECODE":
         plan, out = engine.answers[-1]
         assert not torch.allclose(out[0], engine.prefilled(0, plan)), "nothing is left out"
+
+
+@pytest.mark.parametrize(("method_name", "settings"), SETTINGS, ids=str)
+def test_no_step_waits_for_the_device(method_name: str, settings: dict[str, Any]) -> None:
+    """Tensors without memory stand for a device's: to read one on the host is an error."""
+    meta = torch.device("meta")
+    method = load_method(method_name)
+    config = parse_config(method.config_cls, settings, method.name)
+    schedule = method.schedule(config, GEOMETRY)
+    selector = method.make_selector(config, schedule, GEOMETRY, meta)
+    launched: list[str] = []
+    names = [one.name for one in fields(Ops)]
+    no_ops = (
+        OpImpl(name, name, lambda *_, name=name: launched.append(name), lambda context: None)
+        for name in names
+    )
+    lengths = torch.tensor([1800, 1999, 0], dtype=torch.int32)
+    on_device = lengths.to(meta)
+    plan = selector.plan(
+        StepRows(
+            on_device,
+            lengths,
+            ROWS,
+            ("a", "b"),
+            {0: RowOptions(budget_tokens=256)},
+            prompt_rows=(1,),
+        )
+    )
+    assert plan.watch is None
+    starts, table = (torch.empty(size, dtype=torch.int32, device=meta) for size in (4, (3, BLOCKS)))
+    batch = PagedBatch(starts, on_device, table, ROWS, ROWS, 1, 1999)
+    step, ops = StepBatch.split(batch, ROWS, MAX_MODEL_LEN), Ops(*no_ops)
+    cache = torch.empty(BLOCKS, KV_HEADS, BLOCK, 2 * HEAD, device=meta)
+    query = torch.empty(ROWS, QUERY_HEADS, HEAD, device=meta)
+    for layer in plan.layers.values():
+        views = kv_views(cache, ORDER_OF_DEVICE["cuda"])
+        LayerStep(layer, step, ops, views, 0.2).attend(query, torch.empty_like(query))
+    assert len(launched) >= LAYERS

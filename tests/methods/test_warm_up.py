@@ -129,3 +129,5 @@ def test_nothing_that_a_step_launches_is_new_after_the_warm_up(
 def test_batches_stay_within_what_the_engine_admits() -> None:
     assert set(batch_sizes(Limits(1, 32, 64))) == {(1, 0, 0), (0, 1, 17), (0, 1, 32)}
     assert all(tokens <= 20 for *_, tokens in batch_sizes(Limits(64, 512, 21)))
+    decodes = [rows for rows, prefills, _ in batch_sizes(Limits(100, 512, 64)) if not prefills]
+    assert decodes == [1, 2, 4, 8, 16, 32, 64]
