@@ -167,7 +167,7 @@ class BudgetSelector:
         """See ``Selector.plan``."""
         watch = self._watch if rows.request_ids else None
         options = rows.options if self._watch is None else self._begin_step(self._watch, rows)
-        # Both are the same; what the host knows is worked out there.
+        # Device and host have the same lengths, and the host's arithmetic launches nothing.
         lengths = rows.seq_lens if rows.seq_lens_cpu is None else rows.seq_lens_cpu
         budgets = self._budget_blocks_of(lengths, options)
         if rows.prompt_rows:
