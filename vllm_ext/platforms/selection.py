@@ -150,7 +150,7 @@ def _refuse_unserved(extra_args: Mapping[str, Any] | None) -> None:
         )
 
 
-def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> None:
+def check_request(extra_args: Mapping[str, Any] | None) -> None:
     """Refuses per-request options that would not be honoured.
 
     Raises:
@@ -171,8 +171,6 @@ def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> Non
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     if options is None:
         return
-    if device_type != "cpu":
-        raise VLLMValidationError("vllm_xargs: per-request options are not supported on GPUs yet")
     if not _active["is_served"]:
         raise VLLMValidationError("vllm_xargs: this server runs dense, options are void")
     schedule = _active["schedule"]
