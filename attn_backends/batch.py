@@ -77,17 +77,18 @@ class SpanRule:
     # [num_reqs, num_kv_heads, 4] int32, contiguous: sink_tokens, floor_tokens, alpha_tokens,
     # beta_64ths
     values: torch.Tensor
+    span: Span | None = None  # what all rows and heads have; None: they differ, or nobody knows
 
     @classmethod
     def of(cls, spans: Sequence[Span], num_reqs: int, device: torch.device) -> SpanRule:
         """One span per KV head, the same in all rows."""
         heads = [(s.sink_tokens, s.floor_tokens, s.alpha_tokens, s.beta_64ths) for s in spans]
         values = torch.tensor(heads, dtype=torch.int32, device=device)
-        return cls(values.repeat(num_reqs, 1, 1))
+        return cls(values.repeat(num_reqs, 1, 1), spans[0] if len({*spans}) == 1 else None)
 
     def rows(self, first: int, last: int) -> SpanRule:
         """The rule of rows ``[first, last)``."""
-        return SpanRule(self.values[first:last])
+        return SpanRule(self.values[first:last], self.span)
 
     def sees(
         self, row: int, head: int, positions: torch.Tensor, tokens: torch.Tensor

@@ -148,13 +148,15 @@ class BudgetSelector:
         }
         self._windows = WindowLayers(schedule, geometry, device)
         self._leaves_out = bool(schedule.of_role(LayerRole.REUSE, LayerRole.SELF))
-        self._watch = RecallWatch(
-            config.recall_floor,
-            config.guard_patience,
-            config.guard_interval_steps,
-            shape[0],
-            device,
-        )
+        self._watch: RecallWatch | None = None
+        if device.type == "cpu":
+            self._watch = RecallWatch(
+                config.recall_floor,
+                config.guard_patience,
+                config.guard_interval_steps,
+                shape[0],
+                device,
+            )
         self._keeper = None
         if reselect_steps > 1:
             self._keeper = SelectionKeeper(
@@ -163,27 +165,34 @@ class BudgetSelector:
 
     def plan(self, rows: StepRows) -> StepPlan:
         """See ``Selector.plan``."""
-        self._watch.begin_step(rows.request_ids)
-        self._watch.forget(rows.ended_ids)
-        options = self._watch.guarded(rows.request_ids, rows.options)
-        reasons = self._reasons(rows, options)
+        watch = self._watch if rows.request_ids else None
+        options = rows.options if self._watch is None else self._begin_step(self._watch, rows)
+        # Device and host have the same lengths, and the host's arithmetic launches nothing.
+        lengths = rows.seq_lens if rows.seq_lens_cpu is None else rows.seq_lens_cpu
+        budgets = self._budget_blocks_of(lengths, options)
+        if rows.prompt_rows:
+            budgets[list(rows.prompt_rows)] = self._max_blocks
+        reasons = self._reasons(rows, budgets, options)
         kept = self._kept(rows, reasons, options)
-        narrowed = [row for row, reason in enumerate(reasons) if reason.is_narrowed]
-        due = None if kept is None else kept.due_rows
-        checked = self._watch.expect(rows.request_ids, narrowed, due)
-        return StepPlan(
-            {
-                **self._windows.plan(rows),
-                **self._layers(
-                    rows.num_decodes,
-                    self._state(rows.seq_lens, options),
-                    {} if kept is None else kept.by_anchor,
-                    torch.tensor(checked, device=self._mass.device) if checked else None,
-                ),
-            },
-            reasons,
-            self._watch,
+        state = self._state(rows, budgets, None if watch is None else watch.recall)
+        checked: Sequence[int] = ()
+        if watch is not None:
+            narrowed = [row for row, reason in enumerate(reasons) if reason.is_narrowed]
+            due = None if kept is None else kept.due_rows
+            checked = watch.expect(rows.request_ids, narrowed, due)
+        layers = self._layers(
+            rows.num_decodes,
+            state,
+            {} if kept is None else kept.by_anchor,
+            torch.tensor(checked, device=self._mass.device) if checked else None,
         )
+        return StepPlan({**self._windows.plan(rows), **layers}, reasons, self._watch)
+
+    def _begin_step(self, watch: RecallWatch, rows: StepRows) -> Mapping[int, RowOptions]:
+        """The rows' options, after what the step before has shown."""
+        watch.begin_step(rows.request_ids)
+        watch.forget(rows.ended_ids)
+        return watch.guarded(rows.request_ids, rows.options)
 
     def _layers(
         self,
@@ -218,20 +227,26 @@ class BudgetSelector:
         keys = [(reason, options.get(row)) for row, reason in enumerate(reasons)]
         return self._keeper.begin_step(ids, rows.seq_lens_cpu.tolist(), keys)
 
-    def _state(self, seq_lens: torch.Tensor, options: Mapping[int, RowOptions]) -> AnchorState:
+    def _state(
+        self, rows: StepRows, budgets: torch.Tensor, recall: torch.Tensor | None
+    ) -> AnchorState:
         """Short and dense rows get a budget for everything, and so need no scores."""
-        rows = len(seq_lens)
-        budgets, scored_lens = self._budgets[:rows], self._scored_lens[:rows]
-        budgets.copy_(self._budget_blocks_of(seq_lens, options))
-        keeps_all = budgets * self._block_size >= seq_lens
-        scored_lens.copy_(torch.where(keeps_all, seq_lens.clamp_max(1), seq_lens))
+        num_rows = rows.num_decodes
+        own_budgets, scored_lens = self._budgets[:num_rows], self._scored_lens[:num_rows]
+        lengths = rows.seq_lens if rows.seq_lens_cpu is None else rows.seq_lens_cpu
+        keeps_all = budgets * self._block_size >= lengths
+        anything = torch.full_like(budgets, torch.iinfo(budgets.dtype).max)
+        most_scored = anything.masked_fill_(keeps_all, 1)
+        _copy_without_waiting(budgets, own_budgets)
+        _copy_without_waiting(most_scored, scored_lens)
+        torch.minimum(scored_lens, rows.seq_lens, out=scored_lens)
         return AnchorState(
-            self._mass[:rows],
-            budgets,
+            self._mass[:num_rows],
+            own_budgets,
             scored_lens,
             self._sink_blocks,
             self._recent_blocks,
-            self._watch.recall[:rows],
+            None if recall is None else recall[:num_rows],
         )
 
     def _budget_kind(self, seq_len: int) -> Hashable:
@@ -241,15 +256,14 @@ class BudgetSelector:
     def _budget_blocks_of(
         self, seq_lens: torch.Tensor, options: Mapping[int, RowOptions]
     ) -> torch.Tensor:
-        """Blocks that each row may read: what anchors are given, from lengths on the device, and
-        what the row is counted as, from lengths on the host.
+        """Blocks that each row may read: what anchors are given, and what the row is counted as.
 
         Args:
             seq_lens: ``[num_reqs]`` int32.
             options: by row index, what was asked for.
 
         Returns:
-            ``[num_reqs]`` int32, where ``seq_lens`` is; no host synchronisation.
+            ``[num_reqs]`` int32, a new tensor where ``seq_lens`` is; no host synchronisation.
         """
         budgets = self._server_budget_blocks(seq_lens)
         if self._config.budget_fraction:
@@ -271,11 +285,12 @@ class BudgetSelector:
         """The server's budget of each row, a new tensor."""
         return torch.full_like(seq_lens, self._budget_blocks, dtype=torch.int32)
 
-    def _reasons(self, rows: StepRows, options: Mapping[int, RowOptions]) -> list[RowReason]:
+    def _reasons(
+        self, rows: StepRows, budgets: torch.Tensor, options: Mapping[int, RowOptions]
+    ) -> list[RowReason]:
         if rows.seq_lens_cpu is None:
             return [RowReason.UNKNOWN_LENGTH] * rows.num_decodes
-        budget_tokens = self._budget_blocks_of(rows.seq_lens_cpu, options) * self._block_size
-        keeps_all = (budget_tokens >= rows.seq_lens_cpu).tolist()
+        keeps_all = (budgets * self._block_size >= rows.seq_lens_cpu).tolist()
         return [
             self._reason(seq_len, keeps_all[row], options.get(row, RowOptions()))
             for row, seq_len in enumerate(rows.seq_lens_cpu.tolist())
@@ -295,6 +310,13 @@ class BudgetSelector:
         else:
             return RowReason.GUARD_RAISED if asked.is_guarded else RowReason.SELECTED
         return RowReason.WINDOW_LAYERS if has_gap else reason
+
+
+def _copy_without_waiting(values: torch.Tensor, into: torch.Tensor) -> None:
+    """Whatever device either is on; torch keeps pinned memory until it has been read."""
+    if into.is_cuda and not values.is_cuda and len(values):
+        values = values.pin_memory()
+    into.copy_(values, non_blocking=True)
 
 
 def prompts_cached(

@@ -236,12 +236,14 @@ def fold_selection(selection: BlockSelection) -> BlockSelection:
 
 def fold_rule(rule: SpanRule | None) -> SpanRule | None:
     """The rule of decode rows; a view."""
-    return None if rule is None else SpanRule(fold_heads(rule.values))
+    return None if rule is None else SpanRule(fold_heads(rule.values), rule.span)
 
 
 def fold_prefill_rule(rule: SpanRule | None) -> SpanRule | None:
     """The rule of ``HeadTables.prefill_rows``."""
-    return None if rule is None else SpanRule(fold_heads(rule.values.transpose(0, 1).contiguous()))
+    if rule is None:
+        return None
+    return SpanRule(fold_heads(rule.values.transpose(0, 1).contiguous()), rule.span)
 
 
 def fold_prefill(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:

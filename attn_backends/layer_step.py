@@ -101,15 +101,15 @@ class LayerStep:
         way = self.plan.decode
         match way:
             case Dense():
-                self.ops.anchor_decode.run(query, *self.views, decode, self.scale, out, None)
+                self.ops.dense_decode.run(query, *self.views, decode, self.scale, out)
             case Selected():
                 self._read(way.selection, decode, query, out)
             case Anchor():
                 self._anchor(way, decode, query, out)
             case Reuse():
                 selection = _mapped(way)
-                if way.checked is not None:
-                    self._check(way.state, way.checked, decode, query, selection)
+                if way.checked is not None and way.state.recall is not None:
+                    self._check(way.state, way.state.recall, way.checked, decode, query, selection)
                 self._read(selection, decode, query, out)
             case _:
                 assert_never(way)
@@ -144,6 +144,9 @@ class LayerStep:
         self.ops.anchor_decode.run(
             query, *self.views, scored, self.scale, attended, state.block_mass
         )
+        if state.recall is None:
+            self._best(state, decode, way.selection)
+            return
         own, inherited, _ = state.recall.unbind(1)
         if way.inherits:
             before = inherited_recall(state.block_mass, way.selection)
@@ -173,7 +176,8 @@ class LayerStep:
             chosen = _selection_of_rows(selection, kept.due)
             due = replace(way, selection=chosen, state=state, kept=None)
             self._choose(due, decode.decode_rows(kept.due), query[kept.due], None)
-            way.state.recall[kept.due] = state.recall
+            if way.state.recall is not None and state.recall is not None:
+                way.state.recall[kept.due] = state.recall
             slots = kept.slots[kept.due]
             kept.store.logical_blocks[slots] = chosen.logical_blocks
             kept.store.counts[slots] = chosen.counts
@@ -183,6 +187,7 @@ class LayerStep:
     def _check(
         self,
         state: AnchorState,
+        recall: torch.Tensor,
         rows: torch.Tensor,
         decode: PagedBatch,
         query: torch.Tensor,
@@ -200,7 +205,7 @@ class LayerStep:
             torch.empty_like(given.logical_blocks), torch.empty_like(given.counts)
         )
         self._best(own, checked, best)
-        served = state.recall[:, SERVED]
+        served = recall[:, SERVED]
         served[rows] = torch.minimum(served[rows], served_recall(own.block_mass, given, best))
 
 
@@ -225,5 +230,5 @@ def _of_rows(state: AnchorState, rows: torch.Tensor) -> AnchorState:
         block_mass=state.block_mass[: len(rows)],
         budget_blocks=state.budget_blocks[rows],
         scored_lens=state.scored_lens[rows],
-        recall=state.recall[rows],
+        recall=None if state.recall is None else state.recall[rows],
     )

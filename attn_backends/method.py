@@ -43,6 +43,7 @@ class StepRows:
         request_ids: of the decode rows; empty where the engine does not tell them.
         options: by index of the decode row, for rows whose request asked for something itself.
         ended_ids: requests that ended since the step before.
+        prompt_rows: decode rows whose token is of a prompt: they read everything, as prefill does.
     """
 
     seq_lens: torch.Tensor
@@ -51,6 +52,7 @@ class StepRows:
     request_ids: Sequence[str | None] = ()
     options: Mapping[int, RowOptions] = field(default_factory=dict)
     ended_ids: Collection[str] = ()
+    prompt_rows: Sequence[int] = ()
 
     @property
     def num_decodes(self) -> int:
@@ -67,7 +69,8 @@ class Selector(Protocol):
 
         Its tensors are views of persistent buffers, valid until the next call. For a given
         number of rows they are the same ones in every step, and so are the ways that layers go;
-        a step in which a guard checks or kept selections are read may differ, on CPUs alone.
+        a step in which a guard checks or kept selections are read may differ, on CPUs alone. Rows
+        without tokens are a graph's padding: they read nothing.
         """
         ...
 

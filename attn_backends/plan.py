@@ -139,7 +139,8 @@ class AnchorState:
     scored_lens: torch.Tensor  # [num_reqs] int32: tokens to score; 1 in rows that keep everything
     sink_blocks: int
     recent_blocks: int
-    recall: torch.Tensor  # [num_reqs, 3] fp32, least recall of each kind so far (recall.py)
+    # [num_reqs, 3] fp32, least recall of each kind so far (recall.py); None where nobody reads it
+    recall: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ class PrefillWitness(Protocol):
     """What a selector gives a layer whose prompts are evidence to it."""
 
     def __call__(self, query: torch.Tensor, key_cache: torch.Tensor, batch: PagedBatch) -> None:
-        """Sees the prefill rows of one step, keys of all their tokens in the cache.
+        """Sees the prefill rows of one step, keys of all their tokens in the cache; on GPUs, those
+        of more than one token.
 
         Args:
             query: ``[num_tokens, num_heads, head_size]``.

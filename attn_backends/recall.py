@@ -22,6 +22,9 @@ every request are *checked*: reuse layers also score all keys, and
     flat attention. The ratio is Kascade's similarity, arXiv 2512.16391, at run time.)
 
 Checks change no output, and depend on the request alone and not on its neighbours.
+
+Recall is known on CPUs alone. On GPUs a decode step is a replayed graph, to which the host adds
+nothing and from which it waits for nothing; and who reads it must know whose rows they are.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ def inherited_recall(block_mass: torch.Tensor, selection: BlockSelection) -> tor
         block_mass: of this anchor.
         selection: of the anchor before it.
     """
-    chosen = selection.logical_blocks[:, None]  # [num_reqs, 1, heads before, max_selected]
+    chosen = _chosen(selection)[:, None]  # [num_reqs, 1, heads before, selected]
     shape = (-1, block_mass.shape[1], chosen.shape[2], -1)
     mass = block_mass[:, :, None].expand(shape)
     covered = mass.gather(3, chosen.clamp_min(0).long().expand(shape))
@@ -87,9 +90,16 @@ def served_recall(
 
 def _covered(block_mass: torch.Tensor, selection: BlockSelection) -> torch.Tensor:
     """``[num_reqs, num_kv_heads]``: mass of the selected blocks."""
-    chosen = selection.logical_blocks
+    chosen = _chosen(selection)
     covered = block_mass.gather(2, chosen.clamp_min(0).long())
     return covered.masked_fill_(chosen < 0, 0.0).sum(2)
+
+
+def _chosen(selection: BlockSelection) -> torch.Tensor:
+    """The blocks, as many columns as some head fills: buffers are as wide as the longest row may
+    become. The width is read on the host, which only CPUs do for nothing.
+    """
+    return selection.logical_blocks[:, :, : int(selection.counts.max())]
 
 
 @dataclass

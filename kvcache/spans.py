@@ -62,6 +62,11 @@ class Span:
         elastic = self.alpha_tokens + self.beta_64ths * num_tokens // BETA_UNIT
         return max(self.floor_tokens, elastic)
 
+    @property
+    def window_tokens(self) -> int | None:
+        """The span where it is the same at every position; None where it grows."""
+        return None if self.beta_64ths else self.tokens(0)
+
     def first_seen(self, num_tokens: int) -> int:
         """The first token, sinks apart, that the last of ``num_tokens`` tokens sees; it never
         falls as tokens are added.

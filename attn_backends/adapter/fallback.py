@@ -15,6 +15,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
 
 from attn_backends.adapter.counters import RowCounters
+from attn_backends.adapter.rows import is_prefilling
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,9 +62,7 @@ def _counting_builder(stock_builder: Any, method_name: str) -> Any:
             if self._row_counters is not None:
                 common = common_attn_metadata
                 starts = common.query_start_loc_cpu
-                is_decode = starts[1:] - starts[:-1] == 1
-                if common.is_prefilling is not None:
-                    is_decode &= ~common.is_prefilling
+                is_decode = (starts[1:] - starts[:-1] == 1) & ~is_prefilling(common)
                 self._row_counters.add({("dense", REASON): int(is_decode.sum())})
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 

@@ -60,23 +60,33 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             raise ConfigError(f"this attention layer needs {'; '.join(reasons)}: not supported")
         self.is_dropped = False  # set by dropping.py: attends nothing, owns no KV cache
         self._kernel = _configured_kernel()
-        self._kv_cache: torch.Tensor | None = None
-        self._views: tuple[torch.Tensor, torch.Tensor]
         self._cache_write: OpImpl
+        # The cache that was bound last, and what is made of it.
+        self._bound: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._bound_split: tuple[torch.Tensor, SplitCache] | None = None
         self._entries: tuple[HeadEntry, ...] = ()  # where heads have caches of their own
-        self._split: SplitCache | None = None
 
     def split(self, entries: tuple[HeadEntry, ...]) -> None:
         """The layer's heads are cached in these entries, whose caches are not bound yet."""
-        self._entries, self._split = entries, None
+        self._entries, self._bound_split = entries, None
 
-    def _cache_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def is_split(self) -> bool:
+        """Whether heads have caches of their own."""
+        return bool(self._entries)
+
+    def unbind(self) -> None:
+        """Lets go of the cache; the next step makes views of the one that is bound then."""
+        self._bound = self._bound_split = None
+
+    def cache_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of ``kv_cache``, of a layer that is not split."""
         # The engine binds one cache tensor per layer and keeps it; the views are made once.
-        if kv_cache is not self._kv_cache:
+        if self._bound is None or kv_cache is not self._bound[0]:
             self._cache_write = self._writer(kv_cache, self.num_heads)
-            self._views = kv_views(kv_cache, ORDER_OF_DEVICE[kv_cache.device.type])
-            self._kv_cache = kv_cache
-        return self._views
+            views = kv_views(kv_cache, ORDER_OF_DEVICE[kv_cache.device.type])
+            self._bound = kv_cache, views
+        return self._bound[1]
 
     def _writer(self, kv_cache: torch.Tensor, num_query_heads: int) -> OpImpl:
         _num_blocks, num_kv_heads, block_size, double_head = kv_cache.shape
@@ -87,12 +97,12 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         return engine_and_our_ops(context, self._kernel).cache_write
 
     def _split_cache(self, kv_cache: torch.Tensor, split: SplitEngine) -> SplitCache:
-        if self._split is None or kv_cache is not self._kv_cache:
-            self._split = split.cache_of(self._entries, ORDER_OF_DEVICE[kv_cache.device.type])
+        if self._bound_split is None or kv_cache is not self._bound_split[0]:
+            cache = split.cache_of(self._entries, ORDER_OF_DEVICE[kv_cache.device.type])
             group_size = self.num_heads // self.num_kv_heads
             self._cache_write = self._writer(kv_cache[:, :1], group_size)
-            self._kv_cache = kv_cache
-        return self._split
+            self._bound_split = kv_cache, cache
+        return self._bound_split[1]
 
     def do_kv_cache_update(
         self,
@@ -106,7 +116,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         if self.is_dropped:
             return  # ``kv_cache`` is another layer's
         if not self._entries:
-            views = self._cache_views(kv_cache)
+            views = self.cache_views(kv_cache)
             self._cache_write.run(key, value, *views, slot_mapping)
             return
         metadata: Any = get_forward_context().attn_metadata
@@ -144,7 +154,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         if attn_metadata is None or self.is_dropped:
             return output.zero_()
         if not self._entries:
-            views = self._cache_views(kv_cache)
+            views = self.cache_views(kv_cache)
             attn_metadata.step_of(layer.layer_name, views, self.scale).attend(query, output)
             return output
         cache = self._split_cache(kv_cache, attn_metadata.split)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
@@ -17,19 +16,25 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from attn_backends.adapter.config import geometry_of, method_config
+from attn_backends.adapter.config import method_config
 from attn_backends.adapter.counters import RowCounters
 from attn_backends.adapter.entries import SplitEngine
 from attn_backends.adapter.ops import engine_and_our_ops, op_context
-from attn_backends.adapter.planning import StepPlanner, shared_planner
+from attn_backends.adapter.planning import (
+    StepPlanner,
+    attention_layers,
+    group_geometry,
+    shared_planner,
+)
+from attn_backends.adapter.rows import RowKinds, kinds_by_order, kinds_by_tokens
 from attn_backends.batch import PagedBatch
 from attn_backends.config import ConfigError
 from attn_backends.layer_step import LayerStep, StepBatch
 from attn_backends.method import SparseMethod
 from attn_backends.ops.resolution import Ops
 from attn_backends.plan import NO_LAYERS, LayerPlan, StepPlan
+from attn_backends.warm_up import Limits, WarmLayer, warm_up
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -75,12 +80,15 @@ class ExtMetadata(AttentionMetadata):
 class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
     """Rows and plan of a batch: no per-layer work, no host synchronisation.
 
-    Decode rows are reordered to the front by vLLM (``reorder_batch_threshold``).
-    CUDA graphs are off until a test on a GPU shows them right (docs/adr/0003).
+    Decode rows are reordered to the front by vLLM (``reorder_batch_threshold``). A CUDA graph may
+    be replayed for every batch of single tokens that it was captured as large for: all that
+    differs between such batches is data in buffers that stay (docs/adr/0003).
     """
 
     METHOD: ClassVar[SparseMethod]
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
     reorder_batch_threshold: int | None = 1
 
     def __init__(
@@ -93,19 +101,13 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         method = self.METHOD
         config = method_config(vllm_config, method)
-        layers = get_layers_from_vllm_config(vllm_config, Attention)
+        layers = attention_layers(vllm_config)
         if config.strict:
             _require_our_layers(layers, method)
         # Entries of single heads are never called: their builder says where blocks lie, no more.
         self._layer_of = {name: extract_layer_index(name) for name in layer_names if name in layers}
         sample = layers[next(iter(self._layer_of), next(iter(layers)))]
-        geometry = replace(
-            geometry_of(vllm_config),
-            num_kv_heads=sample.num_kv_heads,
-            num_query_heads=sample.num_heads,
-            head_size=kv_cache_spec.head_size,
-            block_size=kv_cache_spec.block_size,
-        )
+        geometry = group_geometry(vllm_config, sample, kv_cache_spec)
         schedule = method.schedule(config, geometry)
         self._max_model_len = geometry.max_model_len
         owner = next(iter(layers.values()))
@@ -126,11 +128,11 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         num_query_heads = sample.num_heads // sample.num_kv_heads * kv_cache_spec.num_kv_heads
         plain, ruled = (
             engine_and_our_ops(
-                op_context(kv_cache_spec, num_query_heads, device, with_rule), config.kernel
+                op_context(kv_cache_spec, num_query_heads, device, spans), config.kernel
             )
-            for with_rule in (False, bool(schedule.spans))
+            for spans in ((), schedule.spans.values())
         )
-        self._ops = (plain, ruled)
+        self._ops, self._layers = (plain, ruled), layers
         logger.info("%s: block %d tokens; %s; %s", method.name, geometry.block_size, ruled, config)
 
     def build(
@@ -141,11 +143,8 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
     ) -> ExtMetadata:
         """See ``AttentionMetadataBuilder.build``."""
         common = common_attn_metadata
-        # A last prompt token on its own (a prefix hit, a chunk) is prefill too: what it writes may
-        # serve others through the prefix cache. vLLM puts such rows behind the decode rows.
-        num_decodes, *_ = split_decodes_and_prefills(
-            common, treat_short_extends_as_decodes=common.is_prefilling is None
-        )
+        kinds = kinds_by_order if self.device.type == "cpu" else kinds_by_tokens
+        rows = kinds(common)
         batch = PagedBatch(
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
@@ -155,26 +154,43 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
         )
-        plan = self._plan(batch, num_decodes, common.seq_lens_cpu_upper_bound)
+        plan = self._plan(common, rows)
         layers = {
             name: plan.layers[index]
             for name, index in self._layer_of.items()
             if index in plan.layers
         }
-        rows = StepBatch.split(batch, num_decodes, self._max_model_len)
+        step = StepBatch.split(batch, rows.num_decodes, self._max_model_len)
         split = self._planner.split
-        return ExtMetadata(rows, layers, plan, self._ops, batch.block_table, split)
+        return ExtMetadata(step, layers, plan, self._ops, batch.block_table, split)
 
-    def _plan(
-        self, batch: PagedBatch, num_decodes: int, seq_lens_cpu: torch.Tensor | None
-    ) -> StepPlan:
+    def warm_up(self, block_table: torch.Tensor, limits: Limits) -> None:
+        """Runs every op of the group's layers; caches are bound. See ``warm_up.warm_up``."""
+        mine = ((index, self._layers[name]) for name, index in self._layer_of.items())
+        served = {
+            index: WarmLayer(
+                self._ops,
+                layer.impl.cache_views(layer.kv_cache),
+                layer.num_heads,
+                layer.impl.scale,
+            )
+            for index, layer in mine
+            if not layer.impl.is_dropped and not layer.impl.is_split
+        }
+        if served:
+            warm_up(self._planner.selector, served, block_table, limits)
+
+    def _plan(self, common: CommonAttentionMetadata, rows: RowKinds) -> StepPlan:
         if not self._layer_of:
             return NO_LAYERS
+        lengths = common.seq_lens_cpu_upper_bound  # exact without speculative decoding
         return self._planner.plan(
             self,
-            batch.seq_lens[:num_decodes],
-            None if seq_lens_cpu is None else seq_lens_cpu[:num_decodes],
-            batch.num_reqs,
+            common.seq_lens[: rows.num_decodes],
+            None if lengths is None else lengths[: rows.num_decodes],
+            common.num_reqs,
+            rows.prompt_rows,
+            common.req_idx,
         )
 
 

@@ -11,17 +11,27 @@ before the first layer does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import AttentionSpec
 
+from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.counters import RowCounters
 from attn_backends.adapter.entries import SplitEngine
 from attn_backends.adapter.requests import BOOK
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry, Selector, StepRows
 from attn_backends.plan import NO_LAYERS, LayerSchedule, StepPlan
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
 Shape = tuple[int, int]  # KV heads and tokens per block: what layers that share a plan agree in
 
@@ -44,7 +54,7 @@ class StepPlanner:
         split: SplitEngine,
     ) -> None:
         self.split = split
-        self._selector = selector
+        self.selector = selector
         self._narrows_decode_only = schedule.narrows_decode_only
         self._counters = counters
         self._ended = BOOK.ended_requests()
@@ -61,6 +71,8 @@ class StepPlanner:
         seq_lens: torch.Tensor,
         seq_lens_cpu: torch.Tensor | None,
         num_rows: int,
+        prompt_rows: Sequence[int] = (),
+        places: Sequence[int] | None = None,
     ) -> StepPlan:
         """The step's plan, made for the first builder that asks: each asks once per step.
 
@@ -69,28 +81,33 @@ class StepPlanner:
             seq_lens: ``[num_decodes]`` int32, of the decode rows.
             seq_lens_cpu: the same on the host, if known.
             num_rows: decode and prefill rows.
+            prompt_rows: of the decode rows, those of a single prompt token (rows.py).
+            places: see ``RequestBook.ids_of_rows``.
         """
         if not self._served or id(builder) in self._served:
             self._served.clear()
-            num_decodes = len(seq_lens)
-            self._plan = self._selector.plan(
+            ids = BOOK.ids_of_rows(len(seq_lens), places)
+            self._plan = self.selector.plan(
                 StepRows(
                     seq_lens,
                     seq_lens_cpu,
                     num_rows,
-                    BOOK.ids_of_rows(num_decodes),
-                    BOOK.of_rows(num_decodes),
+                    ids,
+                    BOOK.of_rows(ids),
                     self._ended.take(),
+                    prompt_rows,
                 )
             )
-            self._count()
+            self._count(set(prompt_rows))
         self._served.add(id(builder))
         return self._plan
 
-    def _count(self) -> None:
+    def _count(self, prompt_rows: Collection[int]) -> None:
+        """Rows of requests alone, and not those that still read their prompt."""
         if self._counters is None:
             return
-        rows = Counter(reason.value for reason in self._plan.reasons)
+        reasons = enumerate(self._plan.reasons[: BOOK.num_rows])
+        rows = Counter(reason.value for row, reason in reasons if row not in prompt_rows)
         # A step of a beam is a prompt to vLLM, so that none of its rows is a decode row: where
         # prefill is dense, a beam search is.
         path = "dense" if self._narrows_decode_only else "sparse"
@@ -98,6 +115,53 @@ class StepPlanner:
         self._counters.add(rows)
         if self._plan.watch is not None:
             self._counters.show_recall(self._plan.watch)
+
+
+def group_geometry(vllm_config: VllmConfig, sample: Attention, spec: AttentionSpec) -> Geometry:
+    """What a selector must know of layers that share a KV cache.
+
+    Args:
+        vllm_config: of the engine.
+        sample: one of the layers; any layer where the group is of single heads.
+        spec: of the group's KV cache.
+    """
+    return replace(
+        geometry_of(vllm_config),
+        num_kv_heads=sample.num_kv_heads,
+        num_query_heads=sample.num_heads,
+        head_size=spec.head_size,
+        block_size=spec.block_size,
+    )
+
+
+def selectors_of(
+    vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec], device: torch.device
+) -> list[Selector]:
+    """Selectors as the engine's builders will make them, with buffers of the same size.
+
+    Args:
+        vllm_config: names the method and its settings; its layers are constructed.
+        specs: of the KV cache, by layer.
+        device: of the buffers.
+    """
+    method = chosen_method(vllm_config)
+    if method is None:
+        return []
+    config, layers = method_config(vllm_config, method), attention_layers(vllm_config)
+    geometries = {
+        group_geometry(vllm_config, layers.get(name, next(iter(layers.values()))), spec)
+        for name, spec in specs.items()
+        if isinstance(spec, AttentionSpec)
+    }
+    return [
+        method.make_selector(config, method.schedule(config, geometry), geometry, device)
+        for geometry in geometries
+    ]
+
+
+def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
+    """The engine's attention layers by name."""
+    return get_layers_from_vllm_config(vllm_config, Attention)
 
 
 # By an attention layer of the engine: it lives as long as the engine, and no two share one.

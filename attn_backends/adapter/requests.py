@@ -7,7 +7,8 @@ rows. No hook of vLLM passes them to a builder, hence the worker subclass (worke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 KEYS = ("sparse", "budget_tokens")  # of which a method takes its ``row_options``
+# Request ids of a batch's rows, given the rows' places in the runner's table of requests.
+RowIds = Callable[[Sequence[int] | None], Sequence[str | None]]
 
 
 def parse_options(
@@ -133,7 +136,21 @@ class RequestBook:
         self._readers: WeakSet[EndedRequests] = WeakSet()  # they go with their planners
         self._num_beam_steps = 0  # since they were last taken
         self.presets: Mapping[str, RowOptions] = PRESETS
-        self.row_ids: Callable[[], Sequence[str | None]] = lambda: ()
+        self.num_rows = 0  # of the scheduler's step in hand
+        self.row_ids: RowIds = lambda places: ()
+
+    @contextmanager
+    def step(self, scheduler_output: SchedulerOutput) -> Iterator[None]:
+        """While it lasts, the first rows of a batch are the requests of this step. Outside, they
+        are nobody's: vLLM also runs batches that it made up, to compile, to capture graphs and
+        beside other data-parallel engines that have work.
+        """
+        self.update(scheduler_output)
+        self.num_rows = len(scheduler_output.num_scheduled_tokens)
+        try:
+            yield
+        finally:
+            self.num_rows = 0
 
     def update(self, scheduler_output: SchedulerOutput) -> None:
         """Takes note of new requests and forgets finished ones; preempted ones stay.
@@ -154,11 +171,10 @@ class RequestBook:
             else:
                 self._by_id.pop(request.req_id, None)
 
-    def of_rows(self, num_rows: int) -> dict[int, RowOptions]:
-        """Options by row index, for the first rows of the batch about to run."""
+    def of_rows(self, ids: Sequence[str | None]) -> dict[int, RowOptions]:
+        """Options by row index, for rows of these requests."""
         if not self._by_id:
             return {}
-        ids = self.ids_of_rows(num_rows)
         return {row: self._by_id[i] for row, i in enumerate(ids) if i in self._by_id}
 
     def ended_requests(self) -> EndedRequests:
@@ -172,9 +188,18 @@ class RequestBook:
         taken, self._num_beam_steps = self._num_beam_steps, 0
         return taken
 
-    def ids_of_rows(self, num_rows: int) -> Sequence[str | None]:
-        """Request ids of the first rows; empty where the worker does not tell them (GPUs)."""
-        return self.row_ids()[:num_rows]
+    def ids_of_rows(
+        self, num_rows: int, places: Sequence[int] | None = None
+    ) -> Sequence[str | None]:
+        """Request ids of the first rows of the batch about to run; fewer where the others are
+        padding, none outside of steps.
+
+        Args:
+            num_rows: how many are asked for.
+            places: of the rows in the runner's table of requests, where the engine tells them.
+        """
+        num_rows = min(num_rows, self.num_rows)
+        return self.row_ids(places)[:num_rows] if num_rows else ()
 
 
 BOOK = RequestBook()

@@ -1,13 +1,13 @@
-"""vLLM's workers with what no hook of it provides: retention per layer, options per request.
-
-Per-request options are recorded on CPU only: on GPUs they are refused until the V2 runner's
-row order has been tested there.
+"""vLLM's workers with what no hook of it provides: retention per layer, options per request, whose
+rows a batch has, and on GPUs kernels and buffers that are there before the first request.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -16,7 +16,9 @@ from attn_backends.adapter.compat import unseeded_chunks
 from attn_backends.adapter.config import chosen_method, engine_facts, method_config
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.entries import policies_by_name
-from attn_backends.adapter.requests import BOOK
+from attn_backends.adapter.planning import selectors_of
+from attn_backends.adapter.requests import BOOK, RowIds
+from attn_backends.adapter.warming import unbind_caches, warm_up_builders
 from attn_backends.config import ConfigError
 from kvcache.adapter.specs import policies_of, policies_of_groups, with_policies
 from kvcache.grouping import check_groups
@@ -64,6 +66,7 @@ class RetainingWorker:
     """Put before a worker of vLLM in the bases: retention, and news for the request book."""
 
     vllm_config: VllmConfig
+    _is_warming_up = False
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """See ``Worker.get_kv_cache_spec``; dropped layers have none."""
@@ -71,14 +74,25 @@ class RetainingWorker:
         with unallocated(self.vllm_config):
             specs = stock.get_kv_cache_spec()
         planned = retained_specs(self.vllm_config, specs)
-        self._planned = policies_of(planned)
+        self._planned, self._specs = policies_of(planned), planned
         return planned
+
+    def compile_or_warm_up_model(self) -> Any:
+        """See ``Worker.compile_or_warm_up_model``: its requests are vLLM's own."""
+        self._is_warming_up = True
+        try:
+            stock: Any = super()
+            return stock.compile_or_warm_up_model()
+        finally:
+            self._is_warming_up = False
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """See ``Worker.execute_model``."""
-        BOOK.update(scheduler_output)
         stock: Any = super()
-        return stock.execute_model(scheduler_output)
+        if self._is_warming_up:
+            return stock.execute_model(scheduler_output)
+        with BOOK.step(scheduler_output):
+            return stock.execute_model(scheduler_output)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """See ``Worker.initialize_from_config``; dropped layers are bound to another's cache.
@@ -94,6 +108,51 @@ class RetainingWorker:
         stock: Any = super()
         with unallocated(self.vllm_config):
             stock.initialize_from_config(kv_cache_config)
+
+
+def row_ids_of(runner: Any) -> RowIds:
+    """Whose the rows of a runner's batch are.
+
+    Args:
+        runner: vLLM's V1 or V2 model runner.
+    """
+    if not hasattr(runner, "req_states"):
+        return lambda places: runner.input_batch.req_ids
+    names: Mapping[int, str] = runner.req_states.index_to_req_id
+
+    def by_place(places: Sequence[int] | None) -> Sequence[str | None]:
+        return [names.get(place) for place in (() if places is None else map(int, places))]
+
+    return by_place
+
+
+class ReadyBeforeServing:
+    """Put before ``RetainingWorker`` on GPUs: what else would come with the first requests."""
+
+    vllm_config: VllmConfig
+    device: torch.device
+    model_runner: Any
+    _specs: dict[str, KVCacheSpec]
+
+    def determine_available_memory(self) -> int:
+        """See ``Worker.determine_available_memory``: builders are made after vLLM has measured, so
+        their selectors' buffers are held meanwhile. Layers let go of the small cache on which
+        vLLM captured graphs to measure them.
+        """
+        held = selectors_of(self.vllm_config, self._specs, self.device)
+        stock: Any = super()
+        available_bytes: int = stock.determine_available_memory()
+        del held
+        unbind_caches(self.vllm_config)
+        torch.accelerator.empty_cache()
+        return available_bytes
+
+    def compile_or_warm_up_model(self) -> Any:
+        """See ``Worker.compile_or_warm_up_model``: our kernels first, before graphs hold them."""
+        if chosen_method(self.vllm_config) is not None:
+            warm_up_builders(self.model_runner, self.vllm_config)
+        stock: Any = super()
+        return stock.compile_or_warm_up_model()
 
 
 _builtin: Any = resolve_obj_by_qualname(STOCK_WORKERS[current_platform.device_type])
@@ -117,13 +176,13 @@ if current_platform.is_cpu():
                 return super().sample_tokens(grammar_output)
 
     class ExtCPUWorker(RetainingWorker, MendedCPUWorker):
-        """Tells the request book, too, in which order rows run."""
+        """Tells the request book, too, whose rows a batch has, and audits."""
 
         def init_device(self) -> None:
             """See ``CPUWorker.init_device``."""
             super().init_device()
             runner: Any = self.model_runner
-            BOOK.row_ids = lambda: runner.input_batch.req_ids
+            BOOK.row_ids = row_ids_of(runner)
             method = chosen_method(self.vllm_config)
             if method is None:
                 return
@@ -134,5 +193,13 @@ if current_platform.is_cpu():
 
 else:
 
-    class ExtGPUWorker(RetainingWorker, _builtin):  # type: ignore[misc]
-        """Retention."""
+    class ExtGPUWorker(ReadyBeforeServing, RetainingWorker, _builtin):  # type: ignore[misc]
+        """Tells the request book, too, whose rows a batch has."""
+
+        def init_device(self) -> None:
+            """See ``Worker.init_device``."""
+            super().init_device()
+            BOOK.row_ids = row_ids_of(self.model_runner)
+            method = chosen_method(self.vllm_config)
+            if method is not None:
+                BOOK.presets = method_config(self.vllm_config, method).presets

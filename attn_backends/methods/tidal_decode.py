@@ -154,8 +154,8 @@ class TidalConfig(BudgetConfig):
         return {**values, POLICY_KEY: policy}
 
     def check(self, engine: EngineFacts) -> None:
-        """See ``MethodConfig.check``: a kept selection must not outlive a KV block, and rows must
-        be known by their requests.
+        """See ``MethodConfig.check``: a kept selection must not outlive a KV block, and which rows
+        read one changes from step to step, which no CUDA graph does.
         """
         super().check(engine)
         steps, block_size = self.reselect_steps, engine.block_size
@@ -169,8 +169,8 @@ class TidalConfig(BudgetConfig):
         if steps > 1 and engine.device_type != "cpu":
             raise SettingError(
                 "reselect_steps",
-                f"is {steps}, but on GPUs the worker does not tell which request a row is; set it "
-                "to 1",
+                f"is {steps}, but on GPUs decode steps are CUDA graphs, in which every row "
+                "selects; set it to 1",
             )
 
     @property

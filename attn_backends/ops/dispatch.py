@@ -16,7 +16,8 @@ from kvcache.layout import PagedKVLayout
 
 logger = logging.getLogger(__name__)
 
-AUTO_ORDER = {"cpu": ("engine", "cpu", "reference"), "cuda": ("engine", "triton", "reference")}
+# No reference on CUDA: it waits for the device once per row, and nobody would notice why.
+AUTO_ORDER = {"cpu": ("engine", "cpu", "reference"), "cuda": ("engine", "triton")}
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class OpContext:
     num_query_heads: int
     device_type: str  # "cpu" or "cuda"
     with_rule: bool  # a SpanRule will be given
+    has_plain_windows: bool = False  # each layer's rule is one window (``SpanRule.span``)
 
 
 @dataclass(frozen=True)

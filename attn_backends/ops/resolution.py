@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from attn_backends.ops.anchor_decode import api as anchor_decode
 from attn_backends.ops.block_topk import api as block_topk
 from attn_backends.ops.cache_write import api as cache_write
+from attn_backends.ops.dense_decode import api as dense_decode
 from attn_backends.ops.dispatch import OpContext, OpImpl, resolve
 from attn_backends.ops.paged_attention import api as paged_attention
 from attn_backends.ops.sparse_decode import api as sparse_decode
@@ -25,6 +26,7 @@ class Ops:
     sparse_decode: OpImpl
     anchor_decode: OpImpl
     block_topk: OpImpl
+    dense_decode: OpImpl
 
     def __str__(self) -> str:
         """Which implementation serves which op, for logs."""
@@ -42,7 +44,14 @@ def resolve_ops(context: OpContext, kernel: str, others: Sequence[OpImpl] = ()) 
     Raises:
         ConfigError: an op has no implementation that fits.
     """
-    modules = (cache_write, paged_attention, sparse_decode, anchor_decode, block_topk)
+    modules = (
+        cache_write,
+        paged_attention,
+        sparse_decode,
+        anchor_decode,
+        block_topk,
+        dense_decode,
+    )
     return Ops(
         *(
             resolve(

@@ -27,7 +27,7 @@ import httpx
 import psutil
 
 from deploy.ray.local import join
-from vllm_ext.bench.decode import machine
+from vllm_ext.bench.machine import machine
 
 ANSWER, ERROR, CUT, HANG, REFUSED = "answer", "clean error", "cut stream", "hang", "no answer"
 OUTCOMES = (ANSWER, ERROR, CUT, HANG, REFUSED)

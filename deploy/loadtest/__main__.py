@@ -21,7 +21,7 @@ from deploy.loadtest.run import Arm, Plan, run
 from deploy.loadtest.server import check_arms, serve_words
 from deploy.loadtest.store import Store
 from vllm_ext.bench.arms import serving_arms, timed_arms
-from vllm_ext.bench.decode import machine
+from vllm_ext.bench.machine import machine
 from vllm_ext.cli.flags import add_setting_flags, setting_fields
 from vllm_ext.errors import ConfigError, UserError
 

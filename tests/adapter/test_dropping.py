@@ -122,6 +122,6 @@ def test_dense_requests_are_refused_where_layers_are_dropped(
         "schedule": schedule,
     }
     monkeypatch.setattr(selection, "_active", served)
-    selection.check_request({"budget_tokens": 512}, "cpu")
+    selection.check_request({"budget_tokens": 512})
     with pytest.raises(VLLMValidationError, match=r"drops layers \[3\]"):
-        selection.check_request({"sparse": "off"}, "cpu")
+        selection.check_request({"sparse": "off"})

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from attn_backends.adapter import engine_ops
-from attn_backends.adapter.ops import engine_and_our_ops
+from attn_backends.adapter import ops
+from attn_backends.adapter.engine_ops import cpu
 from attn_backends.ops.dispatch import OpContext
 from kvcache.layout import KVOrder, PagedKVLayout
 
@@ -34,9 +34,8 @@ def test_prefill_goes_where_it_is_faster(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     reason = None if can_build else "no compiler"
-    monkeypatch.setattr(engine_ops.native, "unavailable_reason", lambda: reason)
-    engine_and_our_ops.cache_clear()
+    monkeypatch.setattr(cpu.native, "unavailable_reason", lambda: reason)
+    monkeypatch.setattr(ops, "_IN_USE", {})
     layout = PagedKVLayout(1, 32, 3, 64, dtype, KVOrder.KEY_TRANSPOSED)
-    ops = engine_and_our_ops(OpContext(layout, 9, "cpu", with_rule=False), "auto")
-    engine_and_our_ops.cache_clear()
-    assert ops.paged_attention.name == expected
+    chosen = ops.engine_and_our_ops(OpContext(layout, 9, "cpu", with_rule=False), "auto")
+    assert chosen.paged_attention.name == expected

@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 
 from attn_backends.adapter.entries import SplitEngine
 from attn_backends.adapter.planning import _PLANNERS, StepPlanner, shared_planner
+from attn_backends.adapter.requests import BOOK
 from attn_backends.budget import BudgetConfig, BudgetSelector
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
@@ -83,9 +84,10 @@ def test_a_planner_goes_with_its_engine() -> None:
     assert len(_PLANNERS) < before
 
 
-def test_a_step_is_planned_and_counted_once_for_all_groups() -> None:
+def test_a_step_is_planned_and_counted_once_for_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     counters = _Counters()
     planner = _make(counters=counters)
+    monkeypatch.setattr(BOOK, "num_rows", 2)
     lengths = torch.tensor([40, 900], dtype=torch.int32)
     for step in (1, 2):
         plans = [planner.plan(builder, lengths, lengths, 2) for builder in ("a", "b", "c")]
@@ -136,13 +138,13 @@ def test_off_is_refused_where_a_window_holds_for_everyone(monkeypatch: Any) -> N
     windowed = LayerSchedule((LayerRole.WINDOW,), spans={0: (Span(64, 512),)})
     served = {"method": method, "config": config, "is_served": True, "schedule": windowed}
     monkeypatch.setattr(selection, "_active", served)
-    selection.check_request({"sparse": "deep"}, "cpu")
+    selection.check_request({"sparse": "deep"})
     with pytest.raises(VLLMValidationError, match="one of on, off, fast, accurate, deep"):
-        selection.check_request({"sparse": "depe"}, "cpu")
+        selection.check_request({"sparse": "depe"})
     with pytest.raises(VLLMValidationError, match="policy has window layers"):
-        selection.check_request({"sparse": "off"}, "cpu")
+        selection.check_request({"sparse": "off"})
     served["schedule"] = LayerSchedule((LayerRole.DENSE,))
-    selection.check_request({"sparse": "off"}, "cpu")
+    selection.check_request({"sparse": "off"})
 
 
 def test_options_are_refused_where_no_method_is_known(monkeypatch: Any) -> None:
@@ -150,11 +152,11 @@ def test_options_are_refused_where_no_method_is_known(monkeypatch: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 
     monkeypatch.setattr(selection, "_active", {})
-    selection.check_request({"kv_transfer_params": {}}, "cpu")
-    selection.check_request(None, "cpu")
+    selection.check_request({"kv_transfer_params": {}})
+    selection.check_request(None)
     monkeypatch.setattr(selection, "_active", {"method": None})  # stock vLLM, beside our plugin
-    selection.check_request({"sparse": ["x"]}, "cpu")
+    selection.check_request({"sparse": ["x"]})
     monkeypatch.setattr(selection, "_active", {})
     for extra_args in ({"sparse": ["x"]}, {"budget_tokens": "abc"}, {"sparse": "off"}):
         with pytest.raises(VLLMValidationError, match="another process"):
-            selection.check_request(extra_args, "cpu")
+            selection.check_request(extra_args)

@@ -76,32 +76,46 @@ def _step(new: dict[str, Any] | None = None, finished: tuple[str, ...] = ()) -> 
         SimpleNamespace(req_id=name, sampling_params=SamplingParams(extra_args=extra))
         for name, extra in (new or {}).items()
     ]
-    return SimpleNamespace(finished_req_ids=set(finished), scheduled_new_reqs=requests)
+    return SimpleNamespace(
+        finished_req_ids=set(finished),
+        scheduled_new_reqs=requests,
+        num_scheduled_tokens=dict.fromkeys(new or {}, 1),
+    )
 
 
 def test_the_book_follows_requests_through_reordering_and_the_end() -> None:
     book = RequestBook()
-    ids = ["a", "b", "c"]
-    book.row_ids = lambda: ids
     book.update(_step({"a": None, "b": {"budget_tokens": 128}, "c": {"sparse": "off"}}))
-    assert book.of_rows(3) == {1: RowOptions(budget_tokens=128), 2: RowOptions(is_dense=True)}
-    ids[:] = ["c", "a", "b"]
-    assert book.of_rows(1) == {0: RowOptions(is_dense=True)}
+    of_b, of_c = RowOptions(budget_tokens=128), RowOptions(is_dense=True)
+    assert book.of_rows(["a", "b", "c"]) == {1: of_b, 2: of_c}
+    assert book.of_rows(["c", "a"]) == {0: of_c}
     book.update(_step(finished=("c",)))
-    ids[:] = ["b", "a"]
-    assert book.of_rows(2) == {0: RowOptions(budget_tokens=128)}
+    assert book.of_rows(["b", None, "a"]) == {0: of_b}
     book.update(_step({"b": None}, finished=("b",)))  # an id may come back as another request
-    assert book.of_rows(2) == {}
+    assert book.of_rows(["b", "a"]) == {}
+
+
+def test_rows_are_requests_within_a_step_of_the_scheduler_alone() -> None:
+    book = RequestBook()
+    book.row_ids = lambda places: ["left over", "b", "c"] if places is None else list("xyz")
+    assert (book.num_rows, book.ids_of_rows(2)) == (0, ())
+    with book.step(_step({"a": None, "b": None})):
+        assert (book.num_rows, book.ids_of_rows(1)) == (2, ["left over"])
+        assert book.ids_of_rows(8) == ["left over", "b"], "the rest is a graph's padding"
+        assert book.ids_of_rows(8, [4, 0, 7]) == ["x", "y"]
+    assert (book.num_rows, book.ids_of_rows(2)) == (0, ())
+    with pytest.raises(RuntimeError, match="in a step"), book.step(_step({"c": None})):
+        raise RuntimeError("in a step")
+    assert book.num_rows == 0
 
 
 def test_the_options_of_a_sessions_later_chunk_are_its_own() -> None:
     book = RequestBook()
-    book.row_ids = lambda: ["a"]
     book.update(_step({"a": {"budget_tokens": 128}}))
     book.update(_step({"a": {"sparse": "off"}}))
-    assert book.of_rows(1) == {0: RowOptions(is_dense=True)}
+    assert book.of_rows(["a"]) == {0: RowOptions(is_dense=True)}
     book.update(_step({"a": None}))
-    assert book.of_rows(1) == {}
+    assert book.of_rows(["a"]) == {}
 
 
 def test_every_builder_learns_that_requests_ended() -> None:
@@ -165,6 +179,5 @@ def test_presets_of_the_server_are_known_to_front_end_and_worker() -> None:
         parse_options({"sparse": "deep", "budget_tokens": 512}, TIDAL, 96, presets)
     book = RequestBook()
     book.presets = presets
-    book.row_ids = lambda: ["a", "b"]
     book.update(_step({"a": {"sparse": "deep"}, "b": {"sparse": "on"}}))
-    assert book.of_rows(2) == {0: presets["deep"], 1: RowOptions()}
+    assert book.of_rows(["a", "b"]) == {0: presets["deep"], 1: RowOptions()}

@@ -28,8 +28,9 @@ def test_the_planner_tells_due_rows_by_request(monkeypatch: pytest.MonkeyPatch) 
     planner = StepPlanner(selector, schedule, None, SplitEngine(geometry, 64))
     anchor = schedule.of_role(LayerRole.SELF)[0]
     ids, asked = ["a", "b", "c"], dict[int, RowOptions]()
-    monkeypatch.setattr(BOOK, "row_ids", lambda: ids)
-    monkeypatch.setattr(BOOK, "of_rows", lambda num_rows: asked)
+    monkeypatch.setattr(BOOK, "row_ids", lambda places: ids)
+    monkeypatch.setattr(BOOK, "num_rows", len(ids))
+    monkeypatch.setattr(BOOK, "of_rows", lambda ids: asked)
     by_slot: dict[int, str] = {}
 
     def step(seq_lens: list[int]) -> tuple[list[int], list[str]]:

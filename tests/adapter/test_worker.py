@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,16 @@ pytest.importorskip("vllm")
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
 
+from attn_backends.adapter import worker as worker_module
 from attn_backends.adapter.entries import HeadEntry
 from attn_backends.adapter.impl import ExtAttentionImpl
-from attn_backends.adapter.worker import RetainingWorker
+from attn_backends.adapter.requests import BOOK
+from attn_backends.adapter.worker import ReadyBeforeServing, RetainingWorker
 from attn_backends.config import ConfigError
 from kvcache.adapter.managers import register
 from tests.adapter.layers import attention_layer, layer_name
@@ -163,3 +168,105 @@ def test_dummy_runs_write_nothing_where_heads_have_caches_of_their_own(
     slots = torch.full((4,), -1)
     layer.impl.do_kv_cache_update(layer, keys, keys, cache, slots)
     assert not cache.any()
+
+
+def _runner_v2(num_reqs: int) -> Any:
+    """What vLLM's warm-up asks of runner V2."""
+    ignore = lambda *_: None  # noqa: E731
+    return SimpleNamespace(
+        adaptive_verification=None,
+        rejection_sampler=None,
+        vllm_config=SimpleNamespace(is_mm_encoder_only=False, num_lookahead_tokens=0),
+        num_speculative_steps=0,
+        decode_query_len=1,
+        is_pooling_model=False,
+        is_encoder_decoder=False,
+        is_last_pp_rank=True,
+        model_state=None,
+        max_model_len=4096,
+        max_num_reqs=num_reqs,
+        kv_cache_config=_grouped(dict.fromkeys(NAMES, FULL)),
+        scheduler_config=SimpleNamespace(max_num_seqs=num_reqs, max_num_batched_tokens=2048),
+        model_config=SimpleNamespace(get_vocab_size=lambda: 64),
+        kv_block_zeroer=None,
+        kv_connector=SimpleNamespace(set_disabled=ignore),
+    )
+
+
+def test_vllms_own_warm_up_is_nobodys_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    rows: list[tuple[int, int]] = []  # that vLLM scheduled, that are requests to us
+
+    class Stock:
+        def execute_model(self, step: SchedulerOutput) -> None:
+            rows.append((len(step.num_scheduled_tokens), BOOK.num_rows))
+
+        def compile_or_warm_up_model(self) -> str:
+            runner, ours = _runner_v2(num_reqs=4), self.execute_model
+            warmup_kernels(runner, ours, lambda grammar: None)
+            assert run_mixed_prefill_decode_warmup(runner, ours, lambda grammar: None, 64)
+            return "warm"
+
+    class Worker(RetainingWorker, Stock):
+        """As on GPUs."""
+
+    worker = Worker()
+    assert worker.compile_or_warm_up_model() == "warm"
+    assert (4, 0) in rows, "no decode step was run"
+    assert {num_requests for _, num_requests in rows} == {0}
+    step = SchedulerOutput.make_empty()
+    step.num_scheduled_tokens = {"a": 1, "b": 1}
+    worker.execute_model(step)
+    assert rows[-1] == (2, 2)
+    worker.execute_model(SchedulerOutput.make_empty())
+    assert (rows[-1], BOOK.num_rows) == ((0, 0), 0)
+
+
+def _live_tensors() -> dict[int, torch.Tensor]:
+    gc.collect()
+    return {id(one): one for one in gc.get_objects() if type(one) is torch.Tensor}
+
+
+def test_selectors_buffers_are_there_while_vllm_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _live_tensors()
+
+    class Stock(_Stock):
+        def determine_available_memory(self) -> int:
+            new = [one for key, one in _live_tensors().items() if key not in before]
+            return (1 << 30) - sum(one.untyped_storage().nbytes() for one in new)
+
+    class Worker(ReadyBeforeServing, _Worker, Stock):
+        device = torch.device("cpu")
+
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    unbound: list[Any] = []
+    monkeypatch.setattr(worker_module, "unbind_caches", unbound.append)
+    worker = Worker("TIDAL_DECODE", {})
+    worker.get_kv_cache_spec()
+    measured_bytes = (1 << 30) - worker.determine_available_memory()
+    # A selection's blocks, and the blocks' masses: 4 rows, 2 KV heads, 4,096 / 32 blocks.
+    assert measured_bytes >= 2 * (4 * 2 * 128 * 4)
+    assert unbound == [worker.vllm_config]
+    after = [one for key, one in _live_tensors().items() if key not in before]
+    assert sum(one.untyped_storage().nbytes() for one in after) < measured_bytes / 2
+    for stock_backend in ("FLASH_ATTN", "TRITON_ATTN"):
+        worker = Worker(stock_backend, None)
+        worker.get_kv_cache_spec()
+        assert worker_module.selectors_of(worker.vllm_config, worker._specs, worker.device) == []
+
+
+def test_kernels_are_warm_before_vllm_captures_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Stock(_Stock):
+        model_runner = None
+
+        def compile_or_warm_up_model(self) -> None:
+            done.append("captured")
+
+    class Worker(ReadyBeforeServing, _Worker, Stock):
+        device = torch.device("cpu")
+
+    monkeypatch.setattr(worker_module, "warm_up_builders", lambda *_: done.append("warm"))
+    Worker("TIDAL_DECODE", {}).compile_or_warm_up_model()
+    assert done == ["warm", "captured"]

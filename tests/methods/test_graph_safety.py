@@ -3,13 +3,15 @@
 A CUDA graph that was captured for a number of rows is replayed for every batch of that size, so
 all that differs between such batches must be data in the same buffers. This test needs no GPU: it
 writes down, per step, every call of an op with the addresses and shapes of its tensors and its
-Python scalars, and finds it equal for any two decode batches of one size.
+Python scalars, and finds it equal for any two decode batches of one size. Padding counts: rows
+without tokens fill a batch up to a graph's size. And since a replayed graph may have a prompt's
+last token among its rows, that row's answer is compared with what prefill would have given it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from attn_backends.method import Geometry, StepRows
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops, resolve_ops
+from attn_backends.plan import LayerPlan
 from kvcache.layout import PagedKVLayout, kv_views
 from tests.moa_profile import write_profile
 
@@ -31,9 +34,10 @@ MAX_MODEL_LEN = 2048
 BLOCKS = MAX_MODEL_LEN // BLOCK
 ORDER = ORDER_OF_DEVICE["cpu"]
 GEOMETRY = Geometry(LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, 8, MAX_MODEL_LEN)
+BY_HAND = "by hand"  # stands for a profile that the test writes
 # Besides its defaults, what a method can be told that changes what its layers do.
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *[(name, {}) for name in REGISTRY],
+    *[(name, {"profile": BY_HAND} if name == "MOA" else {}) for name in REGISTRY],
     ("TIDAL_DECODE", {"anchor_attention": "full"}),
     (
         "TIDAL_DECODE",
@@ -58,14 +62,16 @@ def _told(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What differs between two batches of a size."""
+    """What differs between two batches of a size; rows of no tokens are padding."""
 
     seq_lens: list[int]
     request_ids: tuple[str, ...]
     options: Mapping[int, RowOptions]
     ended_ids: tuple[str, ...] = ()
+    prompt_rows: tuple[int, ...] = ()
 
 
+CAPTURED = _Batch([1, 1, 1], (), {})  # as vLLM captures: rows of nobody, of one token
 BATCHES = [
     _Batch([2000, 1900, 1800], ("a", "b", "c"), {}),
     _Batch([1, 2, 31], ("d", "e", "f"), {}, ended_ids=("a", "b", "c")),
@@ -77,6 +83,10 @@ BATCHES = [
         {1: RowOptions(budget_tokens=256), 2: RowOptions(budget_factor=2.0)},
     ),
     _Batch([300, 1200, 2047], (), {}),  # of a worker that does not tell ids
+    _Batch([1800, 0, 0], ("k",), {0: RowOptions(budget_tokens=512)}),
+    _Batch([0, 0, 0], (), {}),
+    _Batch([1600, 1999, 0], ("l", "m"), {0: RowOptions(is_dense=True)}, prompt_rows=(1,)),
+    _Batch([1, 1500, 1999], ("n", "o", "p"), {}, prompt_rows=(0, 2)),
 ]
 
 
@@ -89,6 +99,7 @@ class _Engine:
         schedule = method.schedule(config, GEOMETRY)
         self.selector = method.make_selector(config, schedule, GEOMETRY, torch.device("cpu"))
         self.calls: list[Any] = []
+        self.answers: list[tuple[LayerPlan, torch.Tensor]] = []  # by layer
         layout = PagedKVLayout(BLOCKS, BLOCK, KV_HEADS, HEAD, torch.float32, ORDER)
         context = OpContext(layout, QUERY_HEADS, "cpu", bool(schedule.spans))
         ops = resolve_ops(context, "reference")
@@ -116,24 +127,113 @@ class _Engine:
             self.starts, self.seq_lens, self.table, ROWS, ROWS, 1, max(batch.seq_lens)
         )
         rows = StepRows(
-            self.seq_lens, lengths, ROWS, batch.request_ids, batch.options, batch.ended_ids
+            self.seq_lens,
+            lengths,
+            ROWS,
+            batch.request_ids,
+            batch.options,
+            batch.ended_ids,
+            batch.prompt_rows,
         )
         plan = self.selector.plan(rows)
         step = StepBatch.split(paged, ROWS, MAX_MODEL_LEN)
+        self.answers = []
         for layer in sorted(plan.layers):
             views = kv_views(self.cache, ORDER)
             LayerStep(plan.layers[layer], step, self.ops, views, 0.2).attend(self.query, self.out)
+            self.answers.append((plan.layers[layer], self.out.clone()))
         return self.calls
 
+    def prefilled(self, row: int, plan: LayerPlan) -> torch.Tensor:
+        """What prefill answers a row, ``[num_heads, head_size]``."""
+        batch = PagedBatch(
+            self.starts[:2], self.seq_lens[row : row + 1], self.table[row : row + 1], 1, 1, 1, 2048
+        )
+        rule = None if plan.rule is None else plan.rule.rows(row, row + 1)
+        step = LayerStep(
+            replace(plan, rule=rule),
+            StepBatch(None, batch),
+            self.ops,
+            kv_views(self.cache, ORDER),
+            0.2,
+        )
+        out = torch.empty_like(self.query[:1])
+        step.attend(self.query[row : row + 1], out)
+        return out[0]
 
-@pytest.mark.parametrize(("method_name", "settings"), SETTINGS, ids=str)
+
+@pytest.fixture
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """A case's own; spans of heads come from a file, which no model of the tests has."""
+    given: dict[str, Any] = request.param
+    if given.get("profile") == BY_HAND:
+        return given | {"profile": write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS)}
+    return given
+
+
+by_case = pytest.mark.parametrize(
+    ("method_name", "settings"), SETTINGS, ids=str, indirect=["settings"]
+)
+
+
+@by_case
 def test_launches_depend_on_the_number_of_rows_alone(
-    method_name: str, settings: dict[str, Any], tmp_path: Path
+    method_name: str, settings: dict[str, Any]
 ) -> None:
-    if method_name == "MOA":  # has no spans by default for this model
-        settings = {"profile": write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS)}
     engine = _Engine(method_name, settings)
-    captured = engine.step(BATCHES[0])
+    captured = engine.step(CAPTURED)
     assert len(captured) >= LAYERS
     for batch in BATCHES:
         assert engine.step(batch) == captured, f"another launch for {batch}"
+
+
+@by_case
+def test_a_prompt_token_among_decode_rows_is_answered_as_prefill_answers_it(
+    method_name: str, settings: dict[str, Any]
+) -> None:
+    engine = _Engine(method_name, settings)
+    engine.step(_Batch([1900, 1999, 0], ("a", "b"), {}, prompt_rows=(1,)))
+    for plan, out in engine.answers:
+        torch.testing.assert_close(out[1], engine.prefilled(1, plan))
+        assert not out[2].any(), "padding reads nothing"
+    if method_name == "TIDAL_DECODE":
+        plan, out = engine.answers[-1]
+        assert not torch.allclose(out[0], engine.prefilled(0, plan)), "nothing is left out"
+
+
+@by_case
+def test_no_step_waits_for_the_device(method_name: str, settings: dict[str, Any]) -> None:
+    """Tensors without memory stand for a device's: to read one on the host is an error."""
+    meta = torch.device("meta")
+    method = load_method(method_name)
+    config = parse_config(method.config_cls, settings, method.name)
+    schedule = method.schedule(config, GEOMETRY)
+    selector = method.make_selector(config, schedule, GEOMETRY, meta)
+    launched: list[str] = []
+    names = [one.name for one in fields(Ops)]
+    no_ops = (
+        OpImpl(name, name, lambda *_, name=name: launched.append(name), lambda context: None)
+        for name in names
+    )
+    lengths = torch.tensor([1800, 1999, 0], dtype=torch.int32)
+    on_device = lengths.to(meta)
+    plan = selector.plan(
+        StepRows(
+            on_device,
+            lengths,
+            ROWS,
+            ("a", "b"),
+            {0: RowOptions(budget_tokens=256)},
+            prompt_rows=(1,),
+        )
+    )
+    assert plan.watch is None
+    starts, table = (torch.empty(size, dtype=torch.int32, device=meta) for size in (4, (3, BLOCKS)))
+    batch = PagedBatch(starts, on_device, table, ROWS, ROWS, 1, 1999)
+    step, ops = StepBatch.split(batch, ROWS, MAX_MODEL_LEN), Ops(*no_ops)
+    cache = torch.empty(BLOCKS, KV_HEADS, BLOCK, 2 * HEAD, device=meta)
+    query = torch.empty(ROWS, QUERY_HEADS, HEAD, device=meta)
+    for layer in plan.layers.values():
+        views = kv_views(cache, ORDER_OF_DEVICE["cuda"])
+        LayerStep(layer, step, ops, views, 0.2).attend(query, torch.empty_like(query))
+    assert len(launched) >= LAYERS

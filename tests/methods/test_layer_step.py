@@ -32,6 +32,7 @@ ROWS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, BLOCKS = 3, 2, 4, 32, 32, 12
 ORDER = ORDER_OF_DEVICE["cpu"]
 SCALE = HEAD**-0.5
 CPU = torch.device("cpu")
+IDS = ("a", "b", "c")
 
 
 def _batch(seq_lens: list[int]) -> PagedBatch:
@@ -60,12 +61,13 @@ class _Layer:
         self, number: int, seq_lens: list[int], due: list[int] | None, slots: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and selection of one step; ``due`` None: as without ``reselect_steps``."""
-        plan = self.selector.plan(step_rows(seq_lens)).layers[0]
+        plan = self.selector.plan(step_rows(seq_lens, request_ids=IDS)).layers[0]
         way = plan.decode
         assert isinstance(way, Anchor)
         if due is not None:
             rows = torch.tensor(due) if due else None
             way = replace(way, kept=KeptRows(rows, torch.tensor(slots), self.store))
+        assert way.state.recall is not None
         self.recall = way.state.recall.fill_(1.0)
         query, out = self.queries[number], torch.empty(ROWS, QUERY_HEADS, HEAD)
         batch = StepBatch(decode=_batch(seq_lens), prefill=None)
@@ -118,7 +120,7 @@ def test_rows_that_moved_find_their_selection() -> None:
 
 def test_rows_that_keep_everything_are_read_whole_and_not_scored() -> None:
     layer = _Layer()
-    rows = step_rows([340, 100, 128], {0: RowOptions(is_dense=True)})
+    rows = step_rows([340, 100, 128], {0: RowOptions(is_dense=True)}, IDS)
     plan = layer.selector.plan(rows).layers[0]
     assert isinstance(plan.decode, Anchor)
     assert plan.decode.state.scored_lens.tolist() == [1, 1, 1]
@@ -129,6 +131,7 @@ def test_rows_that_keep_everything_are_read_whole_and_not_scored() -> None:
     dense = torch.empty_like(out)
     LayerStep(LayerPlan(Dense()), batch, layer.ops, views, SCALE).attend(query, dense)
     torch.testing.assert_close(out, dense)
+    assert plan.decode.state.recall is not None
     assert plan.decode.state.recall[:, 0].tolist() == [1.0] * ROWS
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attn_backends.ops.dispatch import OpContext, OpImpl
-from vllm_ext.bench import baselines, cases, kernel, kernel_report
+from vllm_ext.bench import baselines, cases, kernel_report, timing
 from vllm_ext.bench.workloads import Row, make_problem, parse_batches, preset
 from vllm_ext.cli import main
 from vllm_ext.errors import UserError
@@ -65,6 +65,10 @@ def test_bad_batches_name_the_term_and_one_that_works(text: str, words: list[str
         (["--rounds", "0"], ["--rounds"]),
         (["--query-heads", "4"], ["--query-heads", "4", "--kv-heads", "3"]),
         (["--head-size", "0"], ["--head-size", "0"]),
+        (["--budget-tokens", "0"], ["--budget-tokens", "'0'", "512, 10%"]),
+        (["--budget-tokens", "0%"], ["--budget-tokens", "'0%'"]),
+        (["--budget-tokens", "many"], ["--budget-tokens", "many"]),
+        (["--block-size", "16,0"], ["--block-size", "16,0"]),
     ],
 )
 def test_user_errors_exit_2(
@@ -79,8 +83,8 @@ def test_user_errors_exit_2(
 
 def _bench(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     """The command on the CPU, one round of everything."""
-    monkeypatch.setattr(kernel, "BANDWIDTH_BUFFER_BYTES", 1 << 20)
-    monkeypatch.setattr(kernel, "MIN_SAMPLE_MS", 0.1)
+    monkeypatch.setitem(timing.BANDWIDTH_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(timing, "MIN_SAMPLE_MS", 0.1)
     return main(["bench", "kernel", "--device", "cpu", "--rounds", "1", *argv])
 
 
@@ -160,7 +164,7 @@ def test_what_cannot_serve_is_listed_with_its_reason(
 
 
 def test_the_contiguous_baseline_reads_the_pages_rightly() -> None:
-    problem = make_problem(parse_batches("3q1s100")[0], preset("demo", "cpu"), "cpu")
+    problem = make_problem(parse_batches("3q1s100")[0], preset("demo", 32), "cpu")
     case = cases.make_cases(problem, ["paged_attention"], 512)[0]
     run = baselines.ContiguousAttention(baselines.sdpa).run
     sdpa = OpImpl("paged_attention", "sdpa", run, lambda context: None)
@@ -168,7 +172,7 @@ def test_the_contiguous_baseline_reads_the_pages_rightly() -> None:
 
 
 def test_contiguous_baselines_refuse_ragged_rows_and_prefill() -> None:
-    context = make_problem(parse_batches("q1s8")[0], preset("demo", "cpu"), "cpu").context
+    context = make_problem(parse_batches("q1s8")[0], preset("demo", 32), "cpu").context
     for text, reason in (("2q1s8", None), ("q1s8+q1s9", "equal"), ("q2s8", "equal")):
         found = _sdpa_reason(text, context)
         assert (found is None) if reason is None else (reason in str(found))
@@ -180,9 +184,96 @@ def _sdpa_reason(text: str, context: OpContext) -> str | None:
 
 
 def test_copies_fill_the_caches_but_are_few() -> None:
-    problem = make_problem(parse_batches("q1s8")[0], preset("demo", "cpu"), "cpu")
+    problem = make_problem(parse_batches("q1s8")[0], preset("demo", 32), "cpu")
     assert len(problem.caches) == 4
     assert all(torch.equal(problem.caches[0], cache) for cache in problem.caches)
+
+
+class _GpuLikeTimer:
+    """The CPU's clock with a figure that GPUs have."""
+
+    def prepare(self, run: timing.Run, calls: timing.Calls) -> timing.Timed:
+        timed = timing.CpuTimer().prepare(run, calls)
+        timed.host_us = 7.0
+        return timed
+
+
+def test_what_a_gpu_reports_follows_from_its_timer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(timing.TIMERS, "cpu", _GpuLikeTimer)
+    target = tmp_path / "kernel"
+    argv = ("--batches", "2q1s96,q64s96", "--impls", "cpu", "--output", str(target))
+    assert _bench(monkeypatch, *argv) == 0
+    rows = json.loads(target.with_suffix(".json").read_text())["rows"]
+    assert {row["host_us"] for row in rows} == {7.0}
+    prefill = next(row for row in rows if row["batch"] == "q64s96" and "attention" in row["op"])
+    flops = 4 * 9 * 64 * sum(range(96 - 64 + 1, 96 + 1))  # the first query sees 33 tokens
+    assert prefill["tflops"] == pytest.approx(flops / prefill["ms_median"] / 1e9)
+    assert [row["op"] for row in rows if "tflops" in row] == ["paged_attention"]
+    assert "| host us per call | TFLOP/s |" in capsys.readouterr().out
+
+
+def test_block_sizes_are_run_and_judged_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("--batches", "1q1s40,1q1s96", "--ops", "dense_decode,sparse_decode", "--impls", "cpu")
+    assert _bench(monkeypatch, *argv, "--block-size", "32,64", "--budget-tokens", "32") == 0
+    output = capsys.readouterr().out
+    assert "blocks of 32 and 64 tokens" in output
+    for block_size in (32, 64):
+        assert f"| 1q1s96, blocks of {block_size} | sparse_decode | cpu |" in output
+        assert f"(cpu, 1q1s96 / 1q1s40, blocks of {block_size})" in output
+
+
+def test_a_budget_may_be_a_share_of_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "kernel"
+    argv = ("--batches", "1q1s320,1q1s640", "--ops", "sparse_decode", "--impls", "cpu")
+    assert _bench(monkeypatch, *argv, "--budget-tokens", "50%", "--output", str(target)) == 0
+    result = json.loads(target.with_suffix(".json").read_text())
+    read = [row["read_bytes"] for row in result["rows"] if row["op"] == "sparse_decode"]
+    assert read == [tokens * 3 * 2 * 64 * 2 for tokens in (160, 320)]
+    assert result["checks"] == []  # the longer context has the larger budget
+    assert "budget 50% of the context" in capsys.readouterr().out
+
+
+def test_attention_of_a_model_is_summed_up_against_the_fastest_dense_baseline() -> None:
+    times = {"dense decode": 1.0, "anchor, masses only": 0.5, "block_topk": 0.02}
+    times |= {"sparse_decode": 0.1}
+    rows = [
+        {"batch": "8q1s128k", "block_size": size, "op": op, "impl": "triton", "ms": [ms]}
+        | {"ms_median": ms * size / 16, "is_baseline": False}
+        for size in (16, 32)
+        for op, ms in times.items()
+    ]
+    rows += [
+        rows[0] | {"op": "paged_attention", "impl": impl, "ms_median": ms, "is_baseline": True}
+        for impl, ms in (("flash_attn", 0.95), ("sdpa", 0.9))
+    ]
+    (found,) = kernel_report.composed(rows)  # blocks of 32 have no baseline
+    total_ms = 1 + 8 * (0.5 + 0.02) + 31 * 0.1
+    assert found["where"] == "triton, 8q1s128k, blocks of 16"
+    assert (found["dense"], found["dense_ms"]) == ("sdpa", pytest.approx(32 * 0.9))
+    assert found["ratio"] == pytest.approx(32 * 0.9 / total_ms)
+
+
+def test_flash_attention_is_launched_as_vllm_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    def impl(op: str) -> OpImpl:
+        return OpImpl(op, "engine", lambda *_: launched.append(op), lambda context: None)
+
+    both = [impl("paged_attention"), impl("dense_decode")]
+    monkeypatch.setattr(baselines.engine_ops, "implementations", lambda device_type: both)
+    for text in ("3q1s100", "q1s8+q5s9"):
+        problem = make_problem(parse_batches(text)[0], preset("demo", 32), "cpu")
+        flash = baselines.dense_baselines(problem.spec, "cuda")[0]
+        assert flash.name == "flash_attn"
+        case = cases.make_cases(problem, ["paged_attention"], 512)[0]
+        flash.run(*case.calls[0])
+    assert launched == ["dense_decode", "paged_attention"]
 
 
 def test_derived_checks_compare_like_with_like() -> None:
@@ -190,7 +281,14 @@ def test_derived_checks_compare_like_with_like() -> None:
     rows: list[dict[str, Any]] = []
     for spec, sparse_ms in zip(specs, (2.0, 3.0, 9.0, 0.1, 0.1), strict=True):
         for op, ms in (("sparse_decode", sparse_ms), ("anchor", 6.0), ("dense decode", 5.0)):
-            row = {"batch": spec.text, "op": op, "impl": "cpu", "ms": [ms], "ms_median": ms}
+            row = {
+                "batch": spec.text,
+                "block_size": 32,
+                "op": op,
+                "impl": "cpu",
+                "ms": [ms],
+                "ms_median": ms,
+            }
             rows += [row, row | {"impl": "reference"}]
     *anchors, flat = kernel_report.derived_checks(specs, rows, budget_tokens=512)
     assert [(check["ratio"], check["holds"]) for check in anchors] == [(1.2, False)] * 5

@@ -14,7 +14,7 @@ import torch
 
 from attn_backends.config import ConfigError, settings_of
 from attn_backends.methods import REGISTRY, load_method
-from vllm_ext.bench.decode import machine
+from vllm_ext.bench.machine import machine
 from vllm_ext.cli import eval as eval_command
 from vllm_ext.errors import UserError
 from vllm_ext.evaluation import prompts, report, run

@@ -1,6 +1,7 @@
 """Dense attention by others, which ``vllm-ext bench kernel`` compares with.
 
-On CPUs that is vLLM's own kernel; on GPUs torch's and xformers'.
+On CPUs that is vLLM's own kernel; on GPUs vLLM's FlashAttention over our cache as it is, torch's
+and xformers'.
 """
 
 from __future__ import annotations
@@ -17,15 +18,46 @@ from attn_backends.ops.dispatch import OpContext, OpImpl
 from vllm_ext.bench.workloads import BatchSpec
 
 
+def engine_kernels(op: str, device_type: str) -> list[OpImpl]:
+    """What the engine itself has for an op."""
+    return [impl for impl in engine_ops.implementations(device_type) if impl.op == op]
+
+
 def dense_baselines(spec: BatchSpec, device_type: str) -> list[OpImpl]:
     """The baselines of a device, as implementations of ``paged_attention``."""
-    impls = [engine_ops.paged_attention()]
-    if device_type == "cuda":
-        has_xformers = importlib.util.find_spec("xformers") is not None
-        missing = None if has_xformers else "xformers is not installed"
-        impls.append(_contiguous("sdpa", sdpa, spec, None))
-        impls.append(_contiguous("xformers", xformers, spec, missing))
-    return impls
+    if device_type == "cpu":
+        return engine_kernels("paged_attention", device_type)
+    has_xformers = importlib.util.find_spec("xformers") is not None
+    missing = None if has_xformers else "xformers is not installed"
+    return [
+        _flash_attention(device_type),
+        _contiguous("sdpa", sdpa, spec, None),
+        _contiguous("xformers", xformers, spec, missing),
+    ]
+
+
+def _flash_attention(device_type: str) -> OpImpl:
+    """FlashAttention over our cache as it is, launched for one query per row where there is one,
+    as vLLM does.
+    """
+    (prefill,) = engine_kernels("paged_attention", device_type)
+    (decode,) = engine_kernels("dense_decode", device_type)
+
+    def run(
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: PagedBatch,
+        rule: SpanRule | None,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        if batch.max_query_len == 1:
+            decode.run(query, key_cache, value_cache, batch, scale, out)
+        else:
+            prefill.run(query, key_cache, value_cache, batch, rule, scale, out)
+
+    return OpImpl("paged_attention", "flash_attn", run, prefill.unsupported_reason)
 
 
 def _contiguous(

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_ext.bench.decode import STOCK, machine
+from vllm_ext.bench.decode import STOCK
+from vllm_ext.bench.machine import machine
 from vllm_ext.child import Child, Parent, quiet_environment
 from vllm_ext.engine_process import kv_token_bytes
 from vllm_ext.methods import REGISTRY, own_settings

@@ -13,6 +13,7 @@ from attn_backends.batch import BlockSelection, PagedBatch
 from attn_backends.ops.anchor_decode import api as anchor_decode
 from attn_backends.ops.block_topk import api as block_topk
 from attn_backends.ops.cache_write import api as cache_write
+from attn_backends.ops.dense_decode import api as dense_decode
 from attn_backends.ops.dispatch import OpImpl
 from attn_backends.ops.paged_attention import api as paged_attention
 from attn_backends.ops.sparse_decode import api as sparse_decode
@@ -22,12 +23,13 @@ from vllm_ext.bench.workloads import Problem, attention_bound, eager_attention, 
 OPS: dict[str, Callable[[], list[OpImpl]]] = {
     "sparse_decode": sparse_decode.implementations,
     "anchor_decode": anchor_decode.implementations,
+    "dense_decode": dense_decode.implementations,
     "block_topk": block_topk.implementations,
     "paged_attention": paged_attention.implementations,
     "cache_write": cache_write.implementations,
 }
 # Names of cases; the others are called like their op.
-ANCHOR, DENSE_DECODE = "anchor", "dense decode"  # anchor_decode with and without masses
+ANCHOR, DENSE_DECODE = "anchor", "dense decode"  # anchor_decode with masses, dense_decode
 SCORES = "anchor, masses only"  # without output
 DECODE_ATTENTION = "paged_attention, decode rows"  # of a mixed batch: for baselines only
 
@@ -55,6 +57,7 @@ class Case:
     reference_call: tuple[Any, ...]
     reference_results: tuple[torch.Tensor, ...]
     bounds: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]] | None
+    prefill_flops: int = 0  # of attention with rows of more than one query token: what bounds it
 
     @property
     def is_baseline(self) -> bool:
@@ -78,7 +81,7 @@ def make_cases(problem: Problem, ops: Sequence[str], budget_tokens: int) -> list
         cases = [
             attention("sparse_decode", "sparse_decode", middle=(selection, None)),
             attention(ANCHOR, "anchor_decode", masses=(mass,)),
-            attention(DENSE_DECODE, "anchor_decode", masses=(None,)),
+            attention(DENSE_DECODE, "dense_decode"),
             _scores_case(problem, decode, baseline, mass),
             topk,
         ]
@@ -104,12 +107,12 @@ def _attention_case(
     name: str,
     op: str,
     middle: tuple[Any, ...] = (),
-    masses: tuple[torch.Tensor | None, ...] = (),
+    masses: tuple[torch.Tensor, ...] = (),
 ) -> Case:
     """An attention op; its arguments are ``..., batch, *middle, scale, out, *masses``."""
     query, scale = problem.query[: batch.num_tokens], problem.layout.head_size**-0.5
     out, exact = torch.empty_like(query), torch.empty_like(query, dtype=torch.float32)
-    exact_masses = tuple(None if mass is None else mass.clone() for mass in masses)
+    exact_masses = tuple(mass.clone() for mass in masses)
     views = problem.views
     selection = middle[0] if op == "sparse_decode" else None
 
@@ -126,11 +129,19 @@ def _attention_case(
         baseline=baseline,
         read_bytes=_attention_bytes(problem.layout, batch, selection),
         calls=tuple((query, *pair, batch, *middle, scale, out, *masses) for pair in views),
-        results=(out, *(mass for mass in masses if mass is not None)),
+        results=(out, *masses),
         reference_call=(query, *views[0], batch, *middle, scale, exact, *exact_masses),
-        reference_results=(exact, *(mass for mass in exact_masses if mass is not None)),
+        reference_results=(exact, *exact_masses),
         bounds=bounds,
+        prefill_flops=_flops(query, batch) if batch.max_query_len > 1 else 0,
     )
+
+
+def _flops(query: torch.Tensor, batch: PagedBatch) -> int:
+    """Two matrix products over what each query sees; a sum or product is one operation."""
+    query_lens = batch.query_start_loc.diff().long()
+    seen = query_lens * batch.seq_lens - query_lens * (query_lens - 1) // 2
+    return 4 * query.shape[1] * query.shape[2] * int(seen.sum())
 
 
 def _scores_case(problem: Problem, decode: PagedBatch, baseline: str, mass: torch.Tensor) -> Case:

@@ -1,29 +1,31 @@
 """Decode time per output token, stock vLLM against ours, in alternating runs.
 
-Every arm is an engine in its own process; all stay loaded and prime their contexts at once,
-then one works at a time. Contexts are distinct and in the prefix cache, so that only decode
+Every arm is an engine in its own process. Where all fit (always on CPUs) they stay loaded, prime
+their contexts at once, then one works at a time; on a GPU that cannot hold them they run one
+after another. Contexts are distinct and in the prefix cache, so that only decode
 steps are timed: the time per step is
-``(t(long) - t(short)) / (long - short)`` over two generation lengths.
+``(t(long) - t(short)) / (long - short)`` over two generation lengths. Where the time to the first
+token is asked for, every round brings new contexts, and their prefill is timed before.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from attn_backends.config import known_settings
+from attn_backends.config import known_settings, parse_config, settings_of
 from attn_backends.methods import REGISTRY, load_method
-from vllm_ext.engine_process import EngineProcess, kv_token_bytes
-from vllm_ext.plugin import DISABLE_ENV, vllm_version
+from vllm_ext.bench.decode_memory import GpuMemory, pool_bytes
+from vllm_ext.bench.decode_workload import Cell, Workload
+from vllm_ext.bench.machine import machine
+from vllm_ext.bench.shapes import reads_anchors
+from vllm_ext.engine_process import EngineProcess
+from vllm_ext.plugin import DISABLE_ENV
 
 STOCK = "stock"  # extension switched off
 INSTALLED = "installed"  # extension active, no method chosen
@@ -44,72 +46,82 @@ class Arm:
     settings: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One load: requests at once, tokens of context each."""
+@dataclass
+class Samples:
+    """Milliseconds of every round of one arm in one cell; no TTFT unless it is asked for."""
 
-    batch: int
-    context_tokens: int
+    tpot_ms: list[float] = field(default_factory=list)
+    ttft_ms: list[float] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class Workload:
-    """What is timed: all arms in every cell."""
-
-    model: str
-    cells: tuple[Cell, ...]
-    dtype: str
-    is_eager: bool = False
-    short_tokens: int = 8
-    long_tokens: int = 40
-    rounds: int = 7
-    seed: int = 0
+    @property
+    def latest(self) -> str:
+        """The last round's, for progress lines."""
+        first = f" after {self.ttft_ms[-1]:.0f}" if self.ttft_ms else ""
+        return f"{self.tpot_ms[-1]:.2f}{first}"
 
 
-def start_arm(arm: Arm, workload: Workload, settings: dict[str, Any]) -> EngineProcess:
-    """The engine of one side of the comparison, large enough for every cell.
+def engine_arguments(
+    arm: Arm, workload: Workload, settings: dict[str, Any], gpu_share: float | None
+) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` for one side of the comparison, large enough for every cell.
 
     Args:
         arm: which one.
         workload: what it must hold.
         settings: of all arms; those that the method does not know are not given to it.
-
-    Raises:
-        UserError: it did not start; the message has the end of its log.
+        gpu_share: of the GPU's memory; None on CPUs.
     """
     engine = {
         "model": workload.model,
-        "max_model_len": max(c.context_tokens for c in workload.cells) + workload.long_tokens + 64,
+        "max_model_len": workload.max_model_len,
         "max_num_seqs": max(cell.batch for cell in workload.cells),
-        "kv_cache_memory_bytes": _kv_bytes(workload),
+        "kv_cache_memory_bytes": pool_bytes(workload),
         "dtype": workload.dtype,
         "enable_prefix_caching": True,
         "skip_tokenizer_init": True,
         "enforce_eager": workload.is_eager,
         "seed": 0,
     }
+    if workload.random_parameters:
+        engine["load_format"] = "dummy"
+    if workload.compilation_config is not None:
+        engine["compilation_config"] = dict(workload.compilation_config)
+    if gpu_share is not None:
+        engine["gpu_memory_utilization"] = gpu_share
     if arm.engine in REGISTRY:
-        own = known_settings(load_method(arm.engine).config_cls, settings) | arm.settings
+        own = _own_settings(arm, workload, settings)
         engine |= {"attention_backend": arm.engine}
         engine |= {"additional_config": {"vllm_ext": own}} if own else {}
-    return EngineProcess(arm.name, engine, {DISABLE_ENV: "1" if arm.engine == STOCK else None})
+    return engine
 
 
-def _kv_bytes(workload: Workload) -> int:
-    # Two blocks of 128 tokens of slack per request, and one for the null block.
-    tokens = max(
-        (cell.context_tokens + workload.long_tokens + 256) * cell.batch + 256
-        for cell in workload.cells
-    )
-    return tokens * kv_token_bytes(workload.model, workload.dtype)
+def _own_settings(arm: Arm, workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
+    own = known_settings(load_method(arm.engine).config_cls, settings) | arm.settings
+    if workload.profile and reads_anchors(arm.engine):
+        own = {"profile": workload.profile} | own
+    return own
 
 
-def _prompts(workload: Workload, cell: Cell) -> list[list[int]]:
-    source = random.Random(f"{workload.seed} {cell}")
-    return [
-        [source.randrange(100, 40_000) for _ in range(cell.context_tokens)]
-        for _ in range(cell.batch)
-    ]
+def all_settings(arm: Arm, workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of an arm's method, defaults as well; a profile of the benchmark's own is left
+    out.
+
+    Raises:
+        ConfigError: one that the method refuses.
+    """
+    if arm.engine not in REGISTRY:
+        return {}
+    own, config_cls = _own_settings(arm, workload, settings), load_method(arm.engine).config_cls
+    config = parse_config(config_cls, own, arm.engine)
+    values = {name: getattr(config, name) for name in settings_of(config_cls)}
+    if workload.profile and values.get("profile") == workload.profile:
+        del values["profile"]
+    return values
+
+
+def _start(arm: Arm, arguments: dict[str, Any]) -> EngineProcess:
+    env: dict[str, str | None] = {DISABLE_ENV: "1" if arm.engine == STOCK else None}
+    return EngineProcess(arm.name, arguments, env)
 
 
 def tpot_ms(arm: EngineProcess, prompts: list[list[int]], workload: Workload) -> float:
@@ -131,139 +143,95 @@ def run(
         echo: progress lines go here.
 
     Returns:
-        Per cell and arm the TPOTs of all rounds, their median and spread, and the ratio to the
-        baseline of the same round; plus workload and machine.
+        Per cell and arm the TPOTs (and TTFTs) of all rounds, their median and spread, and the
+        ratio to the baseline of the same round; plus workload, machine, all settings of the
+        arms, and whether these ``alternated``.
+
+    Raises:
+        ConfigError: a method refuses its settings.
+        UserError: an engine did not start, the message has the end of its log; or it would not
+            fit the GPU.
     """
-    arms: list[EngineProcess] = []
-    cells = []
-    try:
-        for arm in compared:
-            echo(f"{arm.name}: starting ...")
-            arms.append(start_arm(arm, workload, settings))
-        for cell in workload.cells:
-            samples = _time_cell(workload, cell, arms, echo)
-            baseline = samples[compared[0].name]
-            figures = {name: _summary(values, baseline) for name, values in samples.items()}
-            cells.append(asdict(cell) | {"arms": figures})
-    finally:
-        for engine in arms:
-            engine.close()
+    arm_settings = {arm.name: all_settings(arm, workload, settings) for arm in compared}
+    memory = GpuMemory.now() if torch.cuda.is_available() else None
+    share = memory.engine_share(workload) if memory else None
+    alternated = memory is None or memory.engines_at_once(workload) >= len(compared)
+    if not alternated:
+        echo(f"{len(compared)} engines do not fit the GPU at once: one arm after another")
+    samples: dict[Cell, dict[str, Samples]] = {cell: {} for cell in workload.cells}
+    for group in [compared] if alternated else [[arm] for arm in compared]:
+        engines: list[EngineProcess] = []
+        try:
+            for arm in group:
+                echo(f"{arm.name}: starting ...")
+                engines.append(_start(arm, engine_arguments(arm, workload, settings, share)))
+            for cell in workload.cells:
+                samples[cell] |= _time_cell(workload, cell, engines, echo)
+        finally:
+            for engine in engines:
+                engine.close()
     return {
-        "workload": asdict(workload),
+        "workload": _described(workload),
         "settings": settings,
+        "arm_settings": arm_settings,
         "machine": machine(),
-        "cells": cells,
+        "alternated": alternated,
+        "cells": [asdict(cell) | {"arms": summaries(arms)} for cell, arms in samples.items()],
     }
+
+
+def _described(workload: Workload) -> dict[str, Any]:
+    """The workload without paths of files that are gone when the benchmark ends."""
+    described = asdict(workload)
+    title = described.pop("title")
+    del described["profile"]
+    return described | {"model": title or workload.model}
 
 
 def _time_cell(
     workload: Workload, cell: Cell, arms: list[EngineProcess], echo: Callable[[str], None]
-) -> dict[str, list[float]]:
-    """TPOT in milliseconds of every round, by arm."""
-    title = f"{cell.batch} x {cell.context_tokens}"
-    prompts = _prompts(workload, cell)
-    samples: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    echo(f"{title}: priming all arms at once ...")
+) -> dict[str, Samples]:
+    """Samples of every round, by arm."""
+    samples = {arm.name: Samples() for arm in arms}
+    primer = workload.prompts(cell, -1)
+    echo(f"{cell}: priming {'all arms' if len(arms) > 1 else arms[0].name} at once ...")
     with ThreadPoolExecutor(len(arms)) as pool:  # each waits for a process of its own
-        for primed in [pool.submit(arm.generate, prompts, 1) for arm in arms]:
+        # A few decode steps, too: what they compile is not timed.
+        for primed in [pool.submit(arm.generate, primer, workload.short_tokens) for arm in arms]:
             primed.result()
     for round_number in range(workload.rounds):
+        prompts = workload.prompts(cell, round_number)
         # A rotating order: no arm always runs first after another.
         shift = round_number % len(arms)
         for arm in arms[shift:] + arms[:shift]:
-            samples[arm.name].append(tpot_ms(arm, prompts, workload))
-        line = ", ".join(f"{name} {values[-1]:.1f}" for name, values in samples.items())
-        echo(f"{title}: round {round_number + 1} of {workload.rounds}: TPOT ms {line}")
+            if workload.times_ttft:
+                seconds = arm.generate(prompts, 1)["seconds"]
+                samples[arm.name].ttft_ms.append(1000 * float(seconds))
+            samples[arm.name].tpot_ms.append(tpot_ms(arm, prompts, workload))
+        line = ", ".join(f"{name} {values.latest}" for name, values in samples.items())
+        echo(f"{cell}: round {round_number + 1} of {workload.rounds}: ms per token {line}")
     return samples
 
 
-def _summary(values: list[float], baseline: list[float]) -> dict[str, Any]:
+def summaries(arms: dict[str, Samples]) -> dict[str, dict[str, Any]]:
+    """What the table shows of every arm; ratios are to the first one in the same round."""
+    first = next(iter(arms.values()))
+    found = {}
+    for name, values in arms.items():
+        figures = {"tpot_ms": values.tpot_ms, "tpot_ms_median": statistics.median(values.tpot_ms)}
+        figures |= _ratios("", values.tpot_ms, first.tpot_ms)
+        if values.ttft_ms:
+            figures |= {"ttft_ms": values.ttft_ms}
+            figures |= {"ttft_ms_median": statistics.median(values.ttft_ms)}
+            figures |= _ratios("ttft_", values.ttft_ms, first.ttft_ms)
+        found[name] = figures
+    return found
+
+
+def _ratios(prefix: str, values: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
     ratios = [value / base for value, base in zip(values, baseline, strict=True)]
     return {
-        "tpot_ms": values,
-        "tpot_ms_median": statistics.median(values),
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        f"{prefix}ratio_median": statistics.median(ratios),
+        f"{prefix}ratio_min": min(ratios),
+        f"{prefix}ratio_max": max(ratios),
     }
-
-
-def machine() -> dict[str, str]:
-    """Where the figures come from."""
-    cpu = "unknown"
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
-    return {
-        "cpu": f"{os.cpu_count()} x {cpu}",
-        "python": platform.python_version(),
-        "vllm": vllm_version(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
-    work, info = result["workload"], result["machine"]
-    lines = [
-        f"Decode, distinct random contexts, {Path(work['model']).name}, {work['rounds']} "
-        f"alternating rounds, {work['dtype']}, {'eager' if work['is_eager'] else 'compiled'}, "
-        f"{info['cpu']}, "
-        f"vLLM {info['vllm']}, GPU: {info['gpu']}.",
-        "",
-        "| requests x context | arm | TPOT ms (median) | TPOT / first arm (median) | spread | "
-        "first arm / this |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {cell['batch']} x {cell['context_tokens']} | {name} | {arm['tpot_ms_median']:.1f} "
-        f"| {arm['ratio_median']:.3f} | {arm['ratio_min']:.3f} to {arm['ratio_max']:.3f} "
-        f"| {1 / arm['ratio_median']:.2f} |"
-        for cell in result["cells"]
-        for name, arm in cell["arms"].items()
-    ]
-    return "\n".join(lines)
-
-
-def plot(result: dict[str, Any], path: Path) -> bool:
-    """Draws the speed-up over the first arm against the context: where it pays and where not.
-
-    Returns:
-        False when matplotlib is not installed, or there is only one context to show.
-    """
-    cells = result["cells"]
-    if len({cell["context_tokens"] for cell in cells}) < 2:
-        return False
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=120)
-    first, *others = cells[0]["arms"]
-    for batch in sorted({cell["batch"] for cell in cells}):
-        row = sorted((c for c in cells if c["batch"] == batch), key=lambda c: c["context_tokens"])
-        contexts = [cell["context_tokens"] for cell in row]
-        for name in others:
-            arms = [cell["arms"][name] for cell in row]
-            middle = [1 / arm["ratio_median"] for arm in arms]
-            spread = [
-                [m - 1 / arm["ratio_max"] for m, arm in zip(middle, arms, strict=True)],
-                [1 / arm["ratio_min"] - m for m, arm in zip(middle, arms, strict=True)],
-            ]
-            label = f"{name}, {batch} at once"
-            axes.errorbar(contexts, middle, yerr=spread, marker="o", capsize=3, label=label)
-    axes.axhline(1, color="grey", linestyle="--", label=first)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({cell["context_tokens"] for cell in cells}))
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set(xlabel="context, tokens", ylabel=f"TPOT of {first} / TPOT", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
-    return True

@@ -1,26 +1,25 @@
 """Time of every (op, implementation, batch), each checked against the reference first.
 
 All arms of a batch take turns in one run, and every call of an arm takes the next copy of
-the cache, so that a call does not find in the CPU's caches what the last one left there.
+the cache, so that a call does not find in the processor's caches what the last one left there.
 Where the last-level cache holds all copies, the share of memory bandwidth can pass 100%.
+On GPUs calls are replayed as CUDA graphs, and what the host needs to launch one is a figure of
+its own.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from attn_backends.ops.dispatch import OpImpl
-from vllm_ext.bench import decode
-from vllm_ext.bench.baselines import dense_baselines
+from vllm_ext.bench.baselines import dense_baselines, engine_kernels
 from vllm_ext.bench.cases import (
     DECODE_ATTENTION,
     DENSE_DECODE,
@@ -31,14 +30,13 @@ from vllm_ext.bench.cases import (
     make_cases,
     mismatch,
 )
-from vllm_ext.bench.kernel_report import derived_checks, round_ratio
+from vllm_ext.bench.kernel_report import composed, derived_checks, round_ratio
+from vllm_ext.bench.machine import machine
+from vllm_ext.bench.timing import TIMERS, Timed, Timer, measure_bandwidth
 from vllm_ext.bench.workloads import BatchSpec, Problem, Shape, make_problem
 
-IMPLS = ("cpu", "triton", "reference")
-MIN_SAMPLE_MS = 5.0  # a sample repeats short calls for about that long
-CALIBRATION_CALLS = 3
-BANDWIDTH_BUFFER_BYTES = 512 << 20
-BANDWIDTH_TRIES = 5
+# On a GPU only what a graph can replay; the reference asks the host at every row.
+IMPLS = {"cpu": ("cpu", "triton", "reference"), "cuda": ("engine", "triton")}
 
 Echo = Callable[[str], None]
 
@@ -51,7 +49,15 @@ class Options:
     ops: tuple[str, ...] = tuple(OPS)
     impls: tuple[str, ...] = ("cpu", "triton")  # of IMPLS
     budget_tokens: int = 512
+    budget_share: float | None = None  # of a batch's longest context, instead of budget_tokens
     rounds: int = 9
+
+    def budget_of(self, spec: BatchSpec) -> int:
+        """Tokens that sparse_decode may read in a row of this batch."""
+        if self.budget_share is None:
+            return self.budget_tokens
+        longest = max(row.context_tokens for row in spec.rows)
+        return max(1, int(longest * self.budget_share))
 
 
 @dataclass
@@ -63,148 +69,111 @@ class Arm:
     is_baseline: bool
     unsupported: str | None  # why it cannot serve, or what a baseline raised
     failure: str | None = None  # how it disagreed with the reference
-    calls_per_sample: int = 1
+    timed: Timed | None = None  # where neither of both
     samples_ms: list[float] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self._calls: Iterator[tuple[Any, ...]] = itertools.cycle(self.case.calls)
 
-    def sample_ms(self, device_type: str) -> float:
-        """Milliseconds per call, over ``calls_per_sample`` calls."""
-        calls = [next(self._calls) for _ in range(self.calls_per_sample)]
-        if device_type == "cuda":
-            start, end = (_cuda_event() for _ in range(2))
-            start.record()
-            for call in calls:
-                self.impl.run(*call)
-            end.record()
-            torch.cuda.synchronize()
-            return float(start.elapsed_time(end)) / len(calls)
-        started = time.perf_counter()
-        for call in calls:
-            self.impl.run(*call)
-        return 1000 * (time.perf_counter() - started) / len(calls)
-
-
-def _cuda_event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def run(specs: Sequence[BatchSpec], shape: Shape, options: Options, echo: Echo) -> dict[str, Any]:
+def run(
+    specs: Sequence[BatchSpec], shapes: Sequence[Shape], options: Options, echo: Echo
+) -> dict[str, Any]:
     """Checks and times every arm.
 
     Args:
         specs: the batches.
-        shape: heads and cache geometry.
+        shapes: heads and cache geometry, which differ in their block size alone.
         options: which ops and implementations, where and how often.
         echo: progress lines go here.
 
     Returns:
-        ``rows`` (one per arm and batch, see ``_row``), ``checks`` (see ``derived_checks``),
-        ``skipped`` (reason by op by implementation), ``bytes_per_second`` of memory, shape,
-        options and machine.
+        ``rows`` (one per arm, batch and shape, see ``_row``), ``checks`` (see
+        ``derived_checks``), ``composed`` (on GPUs, see there), ``skipped`` (reason by op by
+        implementation), ``bytes_per_second`` of memory, shape, options and machine.
     """
-    machine = decode.machine() | {
+    facts = machine() | {
         "torch_threads": str(torch.get_num_threads()),
         # On a busy machine every parallel call waits for a core now and then.
         "load_average_at_start": f"{os.getloadavg()[0]:.1f}",
     }
+    device_type = options.device_type
+    timer = TIMERS[device_type]()
     rows: list[dict[str, Any]] = []
     skipped: dict[str, dict[str, str]] = {}
     bytes_per_second = 0.0
     with torch.inference_mode():
-        for spec in specs:
+        for shape, spec in itertools.product(shapes, specs):
             # Before every batch: what else runs on the machine can change.
-            bytes_per_second = max(bytes_per_second, measure_bandwidth(options.device_type))
+            bytes_per_second = max(bytes_per_second, measure_bandwidth(timer, device_type))
             echo(f"memory bandwidth: {bytes_per_second / 1e9:.1f} GB/s")
-            problem = make_problem(spec, shape, options.device_type)
-            rows += _batch_rows(problem, options, echo, skipped)
+            problem = make_problem(spec, shape, device_type)
+            rows += _batch_rows(problem, options, timer, echo, skipped)
             del problem  # before the next one is made
     for row in rows:
         if "gb_per_s" in row:
             row["bandwidth_share"] = 1e9 * row["gb_per_s"] / bytes_per_second
+    flat_tokens = options.budget_tokens if options.budget_share is None else None
     return {
-        "shape": asdict(shape),
+        "shape": asdict(shapes[0]),
+        "block_sizes": [shape.block_size for shape in shapes],
         "options": asdict(options),
-        "machine": machine,
+        "machine": facts,
         "bytes_per_second": bytes_per_second,
         "rows": rows,
         "skipped": skipped,
-        "checks": derived_checks(specs, rows, options.budget_tokens),
+        "checks": derived_checks(specs, rows, flat_tokens),
+        "composed": composed(rows) if device_type == "cuda" else [],
     }
 
 
-def measure_bandwidth(device_type: str) -> float:
-    """Bytes per second that torch moves through memory: the best of several sums and copies."""
-    source = torch.ones(BANDWIDTH_BUFFER_BYTES // 4, device=device_type)
-    target = torch.empty_like(source)
-    works: list[tuple[int, Callable[[], object]]] = [
-        (source.nbytes, source.sum),
-        (2 * source.nbytes, lambda: target.copy_(source)),
-    ]
-    best = 0.0
-    for _ in range(BANDWIDTH_TRIES):
-        for num_bytes, work in works:
-            _synchronize(device_type)
-            started = time.perf_counter()
-            work()
-            _synchronize(device_type)
-            best = max(best, num_bytes / (time.perf_counter() - started))
-    return best
-
-
-def _synchronize(device_type: str) -> None:
-    if device_type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _batch_rows(
-    problem: Problem, options: Options, echo: Echo, skipped: dict[str, dict[str, str]]
+    problem: Problem,
+    options: Options,
+    timer: Timer,
+    echo: Echo,
+    skipped: dict[str, dict[str, str]],
 ) -> list[dict[str, Any]]:
-    arms = _run_batch(problem, options, echo)
+    arms = _run_batch(problem, options, timer, echo)
     for arm in arms:
         if arm.unsupported is not None:
             skipped.setdefault(arm.impl.name, {})[arm.case.op] = arm.unsupported
-    return [_row(problem.spec.text, arm, arms) for arm in arms if arm.unsupported is None]
+    return [_row(problem, arm, arms) for arm in arms if arm.unsupported is None]
 
 
-def _run_batch(problem: Problem, options: Options, echo: Echo) -> list[Arm]:
-    text, device_type = problem.spec.text, options.device_type
+def _run_batch(problem: Problem, options: Options, timer: Timer, echo: Echo) -> list[Arm]:
+    text = f"{problem.spec.text}, blocks of {problem.layout.block_size}"
     megabytes = problem.caches[0].nbytes / 1e6
     echo(f"{text}: {len(problem.caches)} x {megabytes:.0f} MB of keys and values; checking ...")
     if problem.decode is None:
         echo(f"{text}: no rows of one query token, so the decode ops are left out")
     arms = []
-    for case in make_cases(problem, options.ops, options.budget_tokens):
+    for case in make_cases(problem, options.ops, options.budget_of(problem.spec)):
         is_timed = case.op in options.ops and case.name != DECODE_ATTENTION
-        ours = [impl for impl in OPS[case.op]() if is_timed and impl.name in options.impls]
-        others = dense_baselines(problem.spec, device_type) if case.is_baseline else []
+        known = OPS[case.op]() + engine_kernels(case.op, options.device_type)
+        ours = [impl for impl in known if is_timed and impl.name in options.impls]
+        others = dense_baselines(problem.spec, options.device_type) if case.is_baseline else []
         case_arms = [
             Arm(case, impl, impl in others, impl.unsupported_reason(problem.context))
             for impl in ours + others
         ]
-        _check(case, case_arms, device_type, echo)
+        _check(case, case_arms, timer, echo)
         arms += case_arms
-    timed = [arm for arm in arms if arm.unsupported is None and arm.failure is None]
+    ready = [(arm, arm.timed) for arm in arms if arm.timed is not None]
     for number in range(options.rounds):
-        shift = number % max(1, len(timed))
-        for arm in timed[shift:] + timed[:shift]:  # no arm always runs first after another
-            arm.samples_ms.append(arm.sample_ms(device_type))
+        shift = number % max(1, len(ready))
+        for arm, timed in ready[shift:] + ready[:shift]:  # none always runs first after another
+            arm.samples_ms.append(timed.sample_ms())
         echo(f"{text}: round {number + 1} of {options.rounds}")
     return arms
 
 
-def _check(case: Case, arms: Sequence[Arm], device_type: str, echo: Echo) -> None:
-    """Sets ``failure``, and ``calls_per_sample`` where there is none."""
+def _check(case: Case, arms: Sequence[Arm], timer: Timer, echo: Echo) -> None:
+    """Sets ``failure``, and ``timed`` where there is none."""
     able = [arm for arm in arms if arm.unsupported is None]
     expected: list[Expected] = expectations(case) if able else []
     for arm in able:
         try:
             arm.failure = mismatch(arm.impl, case, expected)
             if arm.failure is None:
-                # The least of a few: one call alone may be cold or interrupted.
-                call_ms = min(arm.sample_ms(device_type) for _ in range(CALIBRATION_CALLS))
-                arm.calls_per_sample = math.ceil(MIN_SAMPLE_MS / call_ms)
+                arm.timed = timer.prepare(arm.impl.run, case.calls)
         except Exception as error:  # whatever a kernel raises is a finding about that kernel
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             if arm.is_baseline:  # others refuse by raising what they do not serve
@@ -215,20 +184,21 @@ def _check(case: Case, arms: Sequence[Arm], device_type: str, echo: Echo) -> Non
             echo(f"FAILED: {arm.impl.name} of {case.name}: {arm.failure}")
 
 
-def _row(batch_text: str, arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
+def _row(problem: Problem, arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
     """One line of the table; without ``ms`` and what follows from it if the check failed.
 
     ``ratios`` are to the dense baselines for the same rows, by name, or to dense decode of
     the same implementation where no baseline can serve.
     """
     row: dict[str, Any] = {
-        "batch": batch_text,
+        "batch": problem.spec.text,
+        "block_size": problem.layout.block_size,
         "op": arm.case.name,
         "impl": arm.impl.name,
         "is_baseline": arm.is_baseline,
         "failure": arm.failure,
     }
-    if arm.failure is not None:
+    if arm.failure is not None or arm.timed is None:
         return row
     rivals, own_dense = {}, {}
     for other in arms:
@@ -238,6 +208,10 @@ def _row(batch_text: str, arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
         elif other.samples_ms and name == DENSE_DECODE and impl_name == arm.impl.name:
             own_dense[name] = other.samples_ms
     median_ms = statistics.median(arm.samples_ms)
+    if arm.timed.host_us is not None:  # a GPU, which can be bound by arithmetic
+        row["host_us"] = arm.timed.host_us
+        if arm.case.prefill_flops:
+            row["tflops"] = arm.case.prefill_flops / median_ms / 1e9
     return row | {
         "ms": arm.samples_ms,
         "ms_median": median_ms,

@@ -1,4 +1,4 @@
-"""What ``vllm-ext bench kernel`` makes of its measurements: two checks and a table."""
+"""What ``vllm-ext bench kernel`` makes of its measurements: checks, sums and a table."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_ext.bench.cases import ANCHOR, DENSE_DECODE
+from vllm_ext.bench.cases import ANCHOR, DECODE_ATTENTION, DENSE_DECODE, SCORES
+from vllm_ext.bench.machine import versions
+from vllm_ext.bench.timing import BANDWIDTH_BYTES
 from vllm_ext.bench.workloads import BatchSpec
 
 ANCHOR_TARGET = 1.10  # the masses of an anchor cost at most a tenth of dense decode
 FLAT_TARGET = 1.3  # a reuse layer reads its budget, whatever the context
 QUIET_SPREAD = 2.0  # slowest / fastest round; more means that other work took the cores
+EXTRA_COLUMNS = {"host_us": "host us per call", "tflops": "TFLOP/s"}  # where they say something
+LAYERS, DENSE_LAYERS, ANCHOR_LAYERS = 32, 1, 8  # of the model whose attention is summed up
 
 
 def round_ratio(samples_ms: Sequence[float], rival_ms: Sequence[float]) -> float:
@@ -21,18 +25,80 @@ def round_ratio(samples_ms: Sequence[float], rival_ms: Sequence[float]) -> float
 
 
 def derived_checks(
-    specs: Sequence[BatchSpec], rows: Sequence[dict[str, Any]], budget_tokens: int
+    specs: Sequence[BatchSpec], rows: Sequence[dict[str, Any]], budget_tokens: int | None
 ) -> list[dict[str, Any]]:
     """The kernels' two promises, as far as the rows of ``kernel.run`` can judge them.
 
     The reference promises nothing.
 
+    Args:
+        specs: the batches.
+        rows: of ``kernel.run``.
+        budget_tokens: of every batch; None: it grew with the context, and so did what is read.
+
     Returns:
         ``name``, ``where``, ``ratio``, ``target`` and ``holds`` of each check that the
         batches allow.
     """
-    timed = [row for row in rows if "ms" in row and row["impl"] != "reference"]
-    return _anchor_checks(timed) + _flatness_checks(specs, timed, budget_tokens)
+    checks = []
+    for block_size in _block_sizes(rows):
+        timed = [row for row in rows if "ms" in row and row["impl"] != "reference"]
+        timed = [row for row in timed if row["block_size"] == block_size]
+        found = _anchor_checks(timed)
+        if budget_tokens is not None:
+            found += _flatness_checks(specs, timed, budget_tokens)
+        for check in found:
+            check["where"] += _blocks(block_size, rows)
+        checks += found
+    return checks
+
+
+def _block_sizes(rows: Sequence[dict[str, Any]]) -> list[int]:
+    return list(dict.fromkeys(row["block_size"] for row in rows))
+
+
+def _blocks(block_size: int, rows: Sequence[dict[str, Any]]) -> str:
+    """Says the block size where there are several."""
+    return f", blocks of {block_size}" if len(_block_sizes(rows)) > 1 else ""
+
+
+def composed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Attention of a whole model, summed up from its ops, against dense attention in all layers.
+
+    Of 32 layers one is dense (by whatever is fastest there), eight are anchors (masses, top-k and
+    sparse decode) and the others sparse decode.
+
+    Returns:
+        ``where``, ``ms``, ``dense`` (the fastest dense baseline), ``dense_ms`` and ``ratio`` of
+        every implementation, batch and block size that has all these ops.
+    """
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "ms" in row:
+            groups.setdefault((row["batch"], row["block_size"]), []).append(row)
+    sums = []
+    for (batch, block_size), group in groups.items():
+        names = {row["op"] for row in group if row["is_baseline"]}
+        dense_name = DECODE_ATTENTION if DECODE_ATTENTION in names else "paged_attention"
+        baselines = {
+            row["impl"]: row["ms_median"]
+            for row in group
+            if row["is_baseline"] and row["op"] == dense_name
+        }
+        own_dense = [row["ms_median"] for row in group if row["op"] == DENSE_DECODE]
+        for impl in dict.fromkeys(row["impl"] for row in group if not row["is_baseline"]):
+            ms = {row["op"]: row["ms_median"] for row in group if row["impl"] == impl}
+            if not (baselines and own_dense) or {SCORES, "block_topk", "sparse_decode"} - {*ms}:
+                continue
+            anchor_ms = ms[SCORES] + ms["block_topk"]  # and what every sparse layer does
+            total_ms = DENSE_LAYERS * min(own_dense) + ANCHOR_LAYERS * anchor_ms
+            total_ms += (LAYERS - DENSE_LAYERS) * ms["sparse_decode"]
+            dense = min(baselines, key=lambda name: baselines[name])
+            dense_ms = LAYERS * baselines[dense]
+            found = {"where": f"{impl}, {batch}{_blocks(block_size, rows)}", "ms": total_ms}
+            found |= {"dense": dense, "dense_ms": dense_ms, "ratio": dense_ms / total_ms}
+            sums.append(found)
+    return sums
 
 
 def _anchor_checks(timed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,25 +152,52 @@ def _check(name: str, where: str, ratio: float, target: float) -> dict[str, Any]
 
 def markdown(result: dict[str, Any]) -> str:
     """The result of ``kernel.run`` as a Markdown table, with what belongs below it."""
-    shape, options, info = result["shape"], result["options"], result["machine"]
-    on_gpu = options["device_type"] == "cuda"
     rows = result["rows"]
     baselines = list(dict.fromkeys(name for row in rows for name in row.get("ratios", {})))
+    extra = [field for field in EXTRA_COLUMNS if any(field in row for row in rows)]
     headings = ["batch", "op", "impl", "ms (median)", "spread", "MB read", "GB/s", "of memory"]
-    headings += [f"/ {name}" for name in baselines]
+    headings += [EXTRA_COLUMNS[field] for field in extra] + [f"/ {name}" for name in baselines]
     lines = [
-        f"{shape['query_heads']} query heads, {shape['kv_heads']} KV heads of size "
-        f"{shape['head_size']}, {shape['dtype']}, blocks of {shape['block_size']} tokens, budget "
-        f"{options['budget_tokens']} tokens; {options['rounds']} alternating rounds, "
-        f"{info['gpu'] if on_gpu else info['cpu']}, {info['torch_threads']} threads, load average "
-        f"{info['load_average_at_start']} at the start, vLLM {info['vllm']}. Memory: "
-        f"{result['bytes_per_second'] / 1e9:.1f} GB/s (torch sum or copy of 512 MB).",
+        _about(result),
         "",
         "| " + " | ".join(headings) + " |",
         "|" + "---|" * len(headings),
     ]
-    lines += [_table_line(row, baselines) for row in rows]
+    for row in rows:
+        where = row["batch"] + _blocks(row["block_size"], rows)
+        lines.append("| " + " | ".join([where, *_cells(row, extra, baselines)]) + " |")
     lines += ["", *(_check_line(check) for check in result["checks"])]
+    lines += [
+        f"- attention of {LAYERS} layers, {DENSE_LAYERS} dense and {ANCHOR_LAYERS} anchors "
+        f"({found['where']}): {found['ms']:.2f} ms, {found['dense']} {found['dense_ms']:.2f} ms: "
+        f"{found['ratio']:.2f} times as fast (sum of medians)"
+        for found in result["composed"]
+    ]
+    lines += _remarks(result)
+    return "\n".join(lines).rstrip()
+
+
+def _about(result: dict[str, Any]) -> str:
+    shape, options, info = result["shape"], result["options"], result["machine"]
+    device_type, share = options["device_type"], options["budget_share"]
+    budget = (
+        f"{options['budget_tokens']} tokens" if share is None else f"{share:.0%} of the context"
+    )
+    block_sizes = " and ".join(map(str, result["block_sizes"]))
+    return (
+        f"{shape['query_heads']} query heads, {shape['kv_heads']} KV heads of size "
+        f"{shape['head_size']}, {shape['dtype']}, blocks of {block_sizes} tokens, budget "
+        f"{budget}; {options['rounds']} alternating rounds, "
+        f"{info['gpu' if device_type == 'cuda' else 'cpu']}, {info['torch_threads']} threads, "
+        f"load average {info['load_average_at_start']} at the start, {versions(info)}. Memory: "
+        f"{result['bytes_per_second'] / 1e9:.1f} GB/s (torch sum or copy of "
+        f"{BANDWIDTH_BYTES[device_type] >> 20} MB)."
+    )
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    """What was noisy, what failed, what was not run."""
+    rows, lines = result["rows"], []
     noisy = [row for row in rows if "ms" in row and max(row["ms"]) > QUIET_SPREAD * min(row["ms"])]
     if noisy:
         lines.append(
@@ -120,24 +213,24 @@ def markdown(result: dict[str, Any]) -> str:
         for reason in dict.fromkeys(reasons.values()):
             ops = ", ".join(op for op, of_op in reasons.items() if of_op == reason)
             lines.append(f"- not run: {impl} of {ops}: {reason}")
-    return "\n".join(lines).rstrip()
+    return lines
 
 
-def _table_line(row: dict[str, Any], baselines: Sequence[str]) -> str:
-    cells = [row["batch"], row["op"], row["impl"]]
+def _cells(row: dict[str, Any], extra: Sequence[str], baselines: Sequence[str]) -> list[str]:
+    cells = [row["op"], row["impl"]]
     if row["failure"]:
-        cells += ["**FAILED**"] + ["-"] * (4 + len(baselines))
-    else:
-        ratios = row["ratios"]
-        cells += [
-            f"{row['ms_median']:.3f}",
-            f"{min(row['ms']):.3f} to {max(row['ms']):.3f}",
-            f"{row['read_bytes'] / 1e6:.3f}",
-            f"{row['gb_per_s']:.2f}",
-            f"{row['bandwidth_share']:.0%}",
-            *(f"{ratios[name]:.3f}" if name in ratios else "-" for name in baselines),
-        ]
-    return "| " + " | ".join(cells) + " |"
+        return [*cells, "**FAILED**", *["-"] * (4 + len(extra) + len(baselines))]
+    ratios, digits = row["ratios"], 4 if "host_us" in row else 3
+    return [
+        *cells,
+        f"{row['ms_median']:.{digits}f}",
+        f"{min(row['ms']):.{digits}f} to {max(row['ms']):.{digits}f}",
+        f"{row['read_bytes'] / 1e6:.3f}",
+        f"{row['gb_per_s']:.2f}",
+        f"{row['bandwidth_share']:.0%}",
+        *(f"{row[field]:.0f}" if field in row else "-" for field in extra),
+        *(f"{ratios[name]:.3f}" if name in ratios else "-" for name in baselines),
+    ]
 
 
 def _check_line(check: dict[str, Any]) -> str:

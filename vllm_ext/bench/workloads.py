@@ -16,13 +16,15 @@ from attn_backends.batch import BlockSelection, PagedBatch
 from attn_backends.ops.dispatch import OpContext
 from attn_backends.ops.resolution import ORDER_OF_DEVICE
 from kvcache.layout import PagedKVLayout, kv_views
+from vllm_ext.bench.shapes import SHAPES
 from vllm_ext.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PRESETS = ("demo", "llama-3.1-8b")
 EXAMPLE = "8q1s4k+q512s2k"
 
-ROTATED_BYTES = 256 << 20  # keys and values of all copies together, so that no cache holds them
+# Keys and values of all copies together, so that no cache holds them; on GPUs not even the tenth
+# of them that sparse_decode reads.
+ROTATED_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 MAX_COPIES = 4
 EAGER_FACTOR = 2.0  # as in tests/tolerances.py
 EXP_ULPS = 20  # of the least exact exponential in use, ATen's exp_u20
@@ -57,11 +59,11 @@ class Shape:
             raise UserError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
 
 
-def preset(name: str, device_type: str) -> Shape:
-    """The shape of a known model; ``name`` is one of ``PRESETS``."""
-    if name == "demo":
-        return Shape(9, 3, 64, 32, "bf16")
-    return Shape(32, 8, 128, 16 if device_type == "cuda" else 32, "bf16")
+def preset(name: str, block_size: int) -> Shape:
+    """The shape of a layer of a known model; ``name`` is one of ``SHAPES``."""
+    model = SHAPES[name]
+    heads = (model.num_attention_heads, model.num_key_value_heads, model.head_dim)
+    return Shape(*heads, block_size, "bf16")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _parse_term(term: str) -> list[Row]:
             f"--batches: {term!r} is not [COUNT]qQUERYsCONTEXT; for example {EXAMPLE} is 8 rows "
             "of 1 query token on 4,096 tokens and one chunk of 512 on 2,048"
         )
-    count, query, context = (_number(group) for group in match.groups(default=""))
+    count, query, context = (number(group) for group in match.groups(default=""))
     if min(count, query, context) < 1:
         raise UserError(f"--batches: {term!r} has a zero; {EXAMPLE} works")
     if query > context:
@@ -119,7 +121,8 @@ def _parse_term(term: str) -> list[Row]:
     return [Row(query, context)] * count
 
 
-def _number(text: str) -> int:
+def number(text: str) -> int:
+    """A count as it is written in batches: ``k`` is 1024, nothing is 1."""
     if not text:
         return 1
     return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
@@ -159,7 +162,7 @@ def make_problem(spec: BatchSpec, shape: Shape, device_type: str, seed: int = 0)
         ORDER_OF_DEVICE[device_type],
     )  # fmt: skip
     cache = torch.empty(layout.shape, dtype=dtype, device=device).normal_(generator=generator)
-    copies = min(MAX_COPIES, -(-ROTATED_BYTES // (num_blocks * layout.block_bytes)))
+    copies = min(MAX_COPIES, -(-ROTATED_BYTES[device_type] // (num_blocks * layout.block_bytes)))
     shuffled = torch.randperm(num_blocks, generator=generator, device=device).int()
     table = torch.zeros(len(row_blocks), max(row_blocks), dtype=torch.int32, device=device)
     for row, blocks in enumerate(torch.split(shuffled, row_blocks)):

@@ -35,6 +35,16 @@ TINY_LLAMA = {
 }
 PROMPT_TOKENS = (1500, 1200)  # past every default budget and threshold
 DECODE_TOKENS = 16
+ENGINE_OPTIONS: dict[str, dict[str, Any]] = {  # by device: a self-test must not compile
+    "cpu": {"enforce_eager": True},
+    "cuda": {
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 2],
+        }
+    },
+}
 
 
 def _version(*names: str) -> str:
@@ -85,7 +95,19 @@ def report_platform() -> list[str]:
         _line("CPU kernels", reason or native.library_path())
         if reason:
             problems.append(f"CPU kernels: {reason}")
+    else:
+        _report_device(current_platform)
     return problems
+
+
+def _report_device(platform: Any) -> None:
+    """The first GPU, asked without starting CUDA."""
+    capability = platform.get_device_capability()
+    _line(
+        "device",
+        f"{platform.get_device_name()}, compute capability {capability.as_version_str()}, "
+        f"{platform.get_device_total_memory() / (1 << 30):.0f} GiB",
+    )
 
 
 def self_test(model: str | None, method: str) -> list[str]:
@@ -101,25 +123,28 @@ def self_test(model: str | None, method: str) -> list[str]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: its parts can be asked
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
 
     from vllm_ext import metrics
 
     print(f"self-test ({method} on {model or 'a tiny random model'})")
     with tempfile.TemporaryDirectory(prefix="vllm-ext-doctor-") as folder:
-        options: dict[str, Any] = {"enforce_eager": True}  # a self-test must not compile
+        options: dict[str, Any] = {"model": model}
         if model is None:
             Path(folder, "config.json").write_text(json.dumps(TINY_LLAMA))
-            options |= {"load_format": "dummy", "skip_tokenizer_init": True}
+            options = {"model": folder, "load_format": "dummy", "skip_tokenizer_init": True}
         llm = LLM(
-            model=model or folder,
             attention_backend=method,
             kv_cache_memory_bytes=256 << 20,
             max_model_len=2048,
             seed=0,
             **options,
+            **ENGINE_OPTIONS[current_platform.device_type],
         )
         core: Any = llm.llm_engine.engine_core
-        _report_engine(llm.llm_engine.vllm_config, core.engine_core.scheduler.kv_cache_config)
+        vllm_config = llm.llm_engine.vllm_config
+        _report_engine(vllm_config, core.engine_core.scheduler.kv_cache_config)
+        problems = _report_graphs(vllm_config, current_platform.device_type)
         params = SamplingParams(
             temperature=0, max_tokens=DECODE_TOKENS, ignore_eos=True, detokenize=False
         )
@@ -128,11 +153,13 @@ def self_test(model: str | None, method: str) -> list[str]:
         rows = metrics.decode_rows()
         core.shutdown()
     _line("decoded tokens", sum(len(output.outputs[0].token_ids) for output in outputs))
-    return _report_rows(rows)
+    return problems + _report_rows(rows)
 
 
 def _report_engine(vllm_config: Any, kv_cache_config: Any) -> None:
-    """What vLLM made of our settings."""
+    """What vLLM made of our settings, and what serves them."""
+    from attn_backends.adapter.ops import ops_in_use
+
     group = kv_cache_config.kv_cache_groups[0]
     spec, backend = group.kv_cache_spec, vllm_config.attention_config.backend
     _line("resolved backend", backend.name)
@@ -143,8 +170,19 @@ def _report_engine(vllm_config: Any, kv_cache_config: Any) -> None:
         f"blocks of {spec.block_size} tokens, {spec.num_kv_heads} KV heads x "
         f"{spec.head_size}, {spec.dtype}",
     )
-    support = backend.get_class().get_builder_cls()._cudagraph_support
-    _line("graph mode", f"our builder declares {support.name}")
+    for context, ops in ops_in_use().items():
+        _line("ops of windows" if context.with_rule else "ops", ops)
+
+
+def _report_graphs(vllm_config: Any, device_type: str) -> list[str]:
+    """Whether decode steps are captured; returns what is wrong."""
+    builder = vllm_config.attention_config.backend.get_class().get_builder_cls()
+    mode = vllm_config.compilation_config.cudagraph_mode
+    name = "NONE" if mode is None else mode.name
+    _line("graph mode", f"{name}; our builder declares {builder._cudagraph_support.name}")
+    if device_type == "cpu" or "FULL" in name:
+        return []
+    return [f"graph mode is {name}: decode steps are not replayed from CUDA graphs"]
 
 
 def _report_rows(rows: Mapping[tuple[str, str, str], float]) -> list[str]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from attn_backends.method import Purpose
 from attn_backends.methods import REGISTRY, methods_where
 from attn_backends.profile import read_model_config
-from vllm_ext.bench.decode import machine
+from vllm_ext.bench.machine import machine
 from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, setting_fields
 from vllm_ext.errors import UserError
 from vllm_ext.evaluation import prompts, report

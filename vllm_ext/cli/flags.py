@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import Field
 from typing import Any
 
+import torch
+
 from attn_backends.config import POLICY_KEY, Between, OneOf, rule_of, settings_of
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.engine_process import DTYPES, cpu_dtype
@@ -126,7 +128,7 @@ def _documented(docstring: str, setting: str) -> str:
 
 def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
     """Adds ``--dtype`` for commands that start engines of their own."""
-    suited = cpu_dtype()
+    suited = "auto" if torch.cuda.is_available() else cpu_dtype()
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

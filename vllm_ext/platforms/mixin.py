@@ -63,7 +63,7 @@ class ExtPlatformMixin:
         builtin.validate_request(processed_inputs, params)
         from vllm_ext.platforms.selection import check_request
 
-        check_request(getattr(params, "extra_args", None), cls.device_type)
+        check_request(getattr(params, "extra_args", None))
 
     @classmethod
     def register_custom_kv_cache_specs(cls, vllm_config: VllmConfig) -> None:

@@ -15,6 +15,7 @@ from attn_backends.adapter.config import (
     method_config,
     planned_entries,
 )
+from attn_backends.adapter.ops import unserved_reasons
 from attn_backends.adapter.requests import KEYS, parse_options
 from attn_backends.config import ConfigError
 from attn_backends.method import SparseMethod
@@ -88,6 +89,8 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
 def _all_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
     """What no method can serve: asked at start and, where layers are made, in every process."""
     reasons = unsupported_reasons(vllm_config, device_type)
+    if not reasons:
+        reasons += unserved_reasons(vllm_config, device_type)
     if os.environ.get(RUST_FRONTEND_ENV, "0") not in ("", "0"):
         reasons.append(f"{RUST_FRONTEND_ENV} (that front end does not check vllm_xargs)")
     worker_cls = vllm_config.parallel_config.worker_cls
@@ -147,7 +150,7 @@ def _refuse_unserved(extra_args: Mapping[str, Any] | None) -> None:
         )
 
 
-def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> None:
+def check_request(extra_args: Mapping[str, Any] | None) -> None:
     """Refuses per-request options that would not be honoured.
 
     Raises:
@@ -168,8 +171,6 @@ def check_request(extra_args: Mapping[str, Any] | None, device_type: str) -> Non
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     if options is None:
         return
-    if device_type != "cpu":
-        raise VLLMValidationError("vllm_xargs: per-request options are not supported on GPUs yet")
     if not _active["is_served"]:
         raise VLLMValidationError("vllm_xargs: this server runs dense, options are void")
     schedule = _active["schedule"]

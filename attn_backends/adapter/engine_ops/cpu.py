@@ -1,4 +1,4 @@
-"""The engine's own kernels, offered to the dispatch as implementation ``engine``."""
+"""vLLM's CPU kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import torch
 
 from attn_backends import native
+from attn_backends.adapter.engine_ops.per_batch import PerBatch
 from attn_backends.batch import PagedBatch, SpanRule
 from attn_backends.ops.dispatch import OpContext, OpImpl
 from kvcache.layout import KVOrder
@@ -16,8 +17,7 @@ class CpuPagedAttention:
     """vLLM's CPU attention op. Dense only: it has a window but no sinks, and no masks."""
 
     def __init__(self) -> None:
-        # Of this step's prefill rows, for each KV group: not once per layer.
-        self._metadata: list[tuple[PagedBatch, torch.Tensor]] = []
+        self._metadata: PerBatch[torch.Tensor] = PerBatch()
 
     def run(
         self,
@@ -33,9 +33,10 @@ class CpuPagedAttention:
         from vllm import _custom_ops
 
         num_kv_heads, _, head_size = key_cache.shape[1:]
-        metadata = next((made for of, made in self._metadata if of is batch), None)
-        if metadata is None:
-            metadata = _custom_ops.cpu_attn_get_scheduler_metadata(
+        metadata = self._metadata.get(
+            batch,
+            None,
+            lambda: _custom_ops.cpu_attn_get_scheduler_metadata(
                 num_reqs=batch.num_reqs,
                 num_heads=query.shape[1],
                 num_kv_heads=num_kv_heads,
@@ -47,8 +48,8 @@ class CpuPagedAttention:
                 sliding_window_size=-1,
                 isa="vec" if head_size % 32 == 0 else "vec16",
                 enable_kv_split=True,
-            )
-            self._metadata = [*self._metadata[-15:], (batch, metadata)]
+            ),
+        )
         _custom_ops.cpu_attention_with_kv_cache(
             query=query,
             # The op takes both halves of a tile as [block_size, head_size].
@@ -71,7 +72,7 @@ class CpuPagedAttention:
     def unsupported_reason(context: OpContext) -> str | None:
         """See ``OpImpl``."""
         layout = context.layout
-        if context.device_type != "cpu" or platform.machine() != "x86_64":
+        if platform.machine() != "x86_64":
             return "offered on x86 CPUs only"
         if context.with_rule:
             return "has no sink blocks"
@@ -93,7 +94,7 @@ def _ours_is_faster(dtype: torch.dtype) -> bool:
     return is_vectorised and is_measured and native.unavailable_reason() is None
 
 
-def paged_attention() -> OpImpl:
-    """``paged_attention`` by the engine."""
+def implementations() -> list[OpImpl]:
+    """``paged_attention`` alone."""
     kernel = CpuPagedAttention()
-    return OpImpl("paged_attention", "engine", kernel.run, kernel.unsupported_reason)
+    return [OpImpl("paged_attention", "engine", kernel.run, kernel.unsupported_reason)]

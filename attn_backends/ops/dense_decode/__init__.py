@@ -1,0 +1,1 @@
+"""The ``dense_decode`` op; see ``api.py``."""

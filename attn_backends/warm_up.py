@@ -1,0 +1,115 @@
+"""Every kernel once, before the first request: what is compiled in service, a request waits for.
+
+Triton compiles a kernel anew for other types, and for arguments that are 1 or that 16 divides: row
+counts, token counts, strides, and addresses of rows behind decode rows. Kernels may also split rows
+by how many there are, in powers of two. So batches of such sizes go the way of every layer, on the
+layer's own cache and block table. Their rows are short: how long a row is changes no launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from attn_backends.batch import PagedBatch
+from attn_backends.layer_step import LayerStep, StepBatch
+from attn_backends.method import Selector, StepRows
+from attn_backends.ops.resolution import Ops
+from attn_backends.plan import LayerPlan
+
+ROW_COUNTS = (0, 1, 2, 16)  # of decode rows, and of prefill rows beside them
+PROMPT_TOKENS = (17, 32)  # of a prefill row
+
+
+@dataclass(frozen=True)
+class WarmLayer:
+    """What a layer is served with.
+
+    Attributes:
+        ops: without and with a token rule.
+        views: key and value cache, ``[num_blocks, num_kv_heads, block_size, head_size]``.
+        num_query_heads: of the layer.
+        scale: of its scores.
+    """
+
+    ops: tuple[Ops, Ops]
+    views: tuple[torch.Tensor, torch.Tensor]
+    num_query_heads: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine admits: rows and tokens of a step, tokens of a row."""
+
+    max_num_reqs: int
+    max_num_tokens: int
+    max_model_len: int
+
+
+def batch_sizes(limits: Limits) -> Iterator[tuple[int, int, int]]:
+    """Decode rows, prefill rows and tokens of each prefill row, as far as a step may have them."""
+    most_decodes = min(limits.max_num_reqs, limits.max_num_tokens)
+    for power in range(most_decodes.bit_length()):
+        yield 1 << power, 0, 0
+    for num_decodes, num_prefills, num_tokens in product(ROW_COUNTS, ROW_COUNTS, PROMPT_TOKENS):
+        fits = (
+            num_decodes + num_prefills <= limits.max_num_reqs
+            and num_decodes + num_prefills * num_tokens <= limits.max_num_tokens
+            and num_tokens < limits.max_model_len
+        )
+        if num_prefills and fits:
+            yield num_decodes, num_prefills, num_tokens
+
+
+def warm_up(
+    selector: Selector, layers: Mapping[int, WarmLayer], block_table: torch.Tensor, limits: Limits
+) -> None:
+    """Runs every op that these layers use. Nothing is written but selections and masses, which
+    every step writes anew.
+
+    Args:
+        selector: of the method.
+        layers: by layer index.
+        block_table: that steps use, ``[max_num_reqs, max_blocks]`` int32; what it holds are blocks
+            of the layers' caches.
+        limits: of the engine.
+    """
+    for num_decodes, num_prefills, num_tokens in batch_sizes(limits):
+        query_lens = [1] * num_decodes + [num_tokens] * num_prefills
+        for max_seq_len in {num_tokens + 1, limits.max_model_len}:
+            batch = _batch(query_lens, block_table, max_seq_len)
+            step = StepBatch.split(batch, num_decodes, limits.max_model_len)
+            seq_lens = batch.seq_lens[:num_decodes]
+            plan = selector.plan(StepRows(seq_lens, seq_lens.cpu(), batch.num_reqs))
+            planned = ((plan.layers[index], one) for index, one in layers.items())
+            _attend(planned, step)
+
+
+def _batch(query_lens: list[int], block_table: torch.Tensor, max_seq_len: int) -> PagedBatch:
+    """Rows of one token more than they ask about."""
+    device = block_table.device
+    lengths = torch.tensor(query_lens, dtype=torch.int32)
+    starts = torch.zeros(len(query_lens) + 1, dtype=torch.int32)
+    torch.cumsum(lengths, 0, out=starts[1:])
+    return PagedBatch(
+        query_start_loc=starts.to(device),
+        seq_lens=(lengths + 1).to(device),
+        block_table=block_table[: len(query_lens)],
+        num_reqs=len(query_lens),
+        num_tokens=sum(query_lens),
+        max_query_len=max(query_lens),
+        max_seq_len=max_seq_len,
+    )
+
+
+def _attend(planned: Iterable[tuple[LayerPlan, WarmLayer]], step: StepBatch) -> None:
+    for plan, one in planned:
+        key_cache = one.views[0]
+        shape = (step.num_tokens, one.num_query_heads, key_cache.shape[3])
+        query = torch.zeros(shape, dtype=key_cache.dtype, device=key_cache.device)
+        ops = one.ops[plan.rule is not None]
+        LayerStep(plan, step, ops, one.views, one.scale).attend(query, torch.empty_like(query))

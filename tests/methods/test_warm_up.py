@@ -1,0 +1,133 @@
+"""Before the first request every op has run on arguments of every kind that Triton tells apart."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from attn_backends.batch import PagedBatch
+from attn_backends.config import parse_config
+from attn_backends.layer_step import LayerStep, StepBatch
+from attn_backends.method import Geometry, Selector, StepRows
+from attn_backends.methods import load_method
+from attn_backends.ops.dispatch import OpContext, OpImpl
+from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops, resolve_ops
+from attn_backends.warm_up import Limits, WarmLayer, batch_sizes, warm_up
+from kvcache.layout import PagedKVLayout, kv_views
+
+LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, MAX_MODEL_LEN, MAX_REQS = 4, 2, 4, 32, 32, 1024, 40
+ORDER = ORDER_OF_DEVICE["cpu"]
+LIMITS = Limits(MAX_REQS, 2048, MAX_MODEL_LEN)
+WINDOW = {"layers": [{"layers": 3, "role": "window", "sink_tokens": 32, "window_tokens": 64}]}
+SETTINGS: list[tuple[str, dict[str, Any], set[str]]] = [
+    ("SPARSE_FULL", {}, {"sparse_decode", "paged_attention"}),
+    ("SINK_WINDOW", {}, {"sparse_decode", "paged_attention"}),
+    *[
+        (
+            "TIDAL_DECODE",
+            settings,
+            {"anchor_decode", "block_topk", "sparse_decode", "paged_attention"},
+        )
+        for settings in ({}, {"anchor_attention": "full"}, {"policy": WINDOW})
+    ],
+]
+
+
+def _kinds(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What Triton specialises on, by argument: None, types, 1, and whether 16 divides."""
+    if isinstance(value, torch.Tensor):
+        yield path, value.dtype
+        yield f"{path} address", value.data_ptr() % 16 == 0
+        for axis, stride in enumerate(value.stride()[:-1]):
+            if value.shape[axis] > 1:
+                yield from _kinds(stride, f"{path} stride {axis}")
+    elif is_dataclass(value):
+        for one in fields(value):
+            yield from _kinds(getattr(value, one.name), f"{path}.{one.name}")
+    elif isinstance(value, int):
+        yield path, (value == 1, value % 16 == 0)
+    else:
+        yield path, value is None
+
+
+class _Recorder:
+    """Reference ops that write down the kinds of their arguments."""
+
+    def __init__(self, with_rule: bool) -> None:
+        layout = PagedKVLayout(2, BLOCK, KV_HEADS, HEAD, torch.float32, ORDER)
+        ops = resolve_ops(OpContext(layout, QUERY_HEADS, "cpu", with_rule), "reference")
+        self.seen: set[tuple[str, str, Any]] = set()
+        self.ops = Ops(*(self._recorded(getattr(ops, one.name)) for one in fields(ops)))
+
+    def _recorded(self, op: OpImpl) -> OpImpl:
+        def run(*arguments: Any) -> None:
+            for place, argument in enumerate(arguments):
+                self.seen |= {(op.op, *kind) for kind in _kinds(argument, str(place))}
+            op.run(*arguments)
+
+        return OpImpl(op.op, op.name, run, op.unsupported_reason)
+
+
+def _serve(
+    selector: Selector, one: WarmLayer, table: torch.Tensor, generator: random.Random
+) -> None:
+    """A batch of service: rows and tokens of any number."""
+    num_decodes, num_prefills = generator.randint(0, 20), generator.randint(0, 20)
+    query_lens = [1] * num_decodes + [generator.randint(2, 40) for _ in range(num_prefills)]
+    if not query_lens:
+        return
+    seq_lens = torch.tensor(
+        [generator.randint(tokens, 200) for tokens in query_lens], dtype=torch.int32
+    )
+    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0)], dtype=torch.int32)
+    batch = PagedBatch(
+        starts,
+        seq_lens,
+        table[: len(query_lens)],
+        len(query_lens),
+        sum(query_lens),
+        max(query_lens),
+        int(seq_lens.max()),
+    )
+    plan = selector.plan(StepRows(seq_lens[:num_decodes], seq_lens[:num_decodes], len(query_lens)))
+    step = StepBatch.split(batch, num_decodes, MAX_MODEL_LEN)
+    query = torch.zeros(sum(query_lens), QUERY_HEADS, HEAD)
+    for layer in plan.layers.values():
+        ops = one.ops[layer.rule is not None]
+        LayerStep(layer, step, ops, one.views, one.scale).attend(query, torch.empty_like(query))
+
+
+@pytest.mark.parametrize(("method_name", "settings", "used"), SETTINGS, ids=str)
+def test_nothing_that_a_step_launches_is_new_after_the_warm_up(
+    method_name: str, settings: dict[str, Any], used: set[str]
+) -> None:
+    method = load_method(method_name)
+    config = parse_config(method.config_cls, settings, method.name)
+    geometry = Geometry(LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, MAX_REQS, MAX_MODEL_LEN)
+    schedule = method.schedule(config, geometry)
+    selector = method.make_selector(config, schedule, geometry, torch.device("cpu"))
+    plain, ruled = _Recorder(with_rule=False), _Recorder(with_rule=bool(schedule.spans))
+    cache = torch.randn(2, KV_HEADS, BLOCK, 2 * HEAD)
+    before = cache.clone()
+    one = WarmLayer((plain.ops, ruled.ops), kv_views(cache, ORDER), QUERY_HEADS, 0.2)
+    table = torch.zeros(MAX_REQS, MAX_MODEL_LEN // BLOCK, dtype=torch.int32)
+    warm_up(selector, dict.fromkeys(range(LAYERS), one), table, LIMITS)
+    assert torch.equal(cache, before)
+    warm = plain.seen | ruled.seen
+    assert {op for op, *_ in warm} == used
+    generator = random.Random(0)
+    for _ in range(40):
+        _serve(selector, one, table, generator)
+    assert plain.seen | ruled.seen == warm
+
+
+def test_batches_stay_within_what_the_engine_admits() -> None:
+    assert set(batch_sizes(Limits(1, 32, 64))) == {(1, 0, 0), (0, 1, 17), (0, 1, 32)}
+    assert all(tokens <= 20 for *_, tokens in batch_sizes(Limits(64, 512, 21)))
+    decodes = [rows for rows, prefills, _ in batch_sizes(Limits(100, 512, 64)) if not prefills]
+    assert decodes == [1, 2, 4, 8, 16, 32, 64]
