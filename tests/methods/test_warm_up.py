@@ -31,7 +31,7 @@ SETTINGS: list[tuple[str, dict[str, Any], set[str]]] = [
         (
             "TIDAL_DECODE",
             settings,
-            {"anchor_decode", "block_topk", "sparse_decode", "paged_attention"},
+            {"anchor_decode", "block_topk", "sparse_decode", "dense_decode", "paged_attention"},
         )
         for settings in ({}, {"anchor_attention": "full"}, {"policy": WINDOW})
     ],
@@ -56,7 +56,7 @@ def _kinds(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 class _Recorder:
-    """Reference ops that write down the kinds of their arguments."""
+    """Ops that write down the kinds of their arguments and do nothing: no value changes them."""
 
     def __init__(self, with_rule: bool) -> None:
         layout = PagedKVLayout(2, BLOCK, KV_HEADS, HEAD, torch.float32, ORDER)
@@ -68,7 +68,6 @@ class _Recorder:
         def run(*arguments: Any) -> None:
             for place, argument in enumerate(arguments):
                 self.seen |= {(op.op, *kind) for kind in _kinds(argument, str(place))}
-            op.run(*arguments)
 
         return OpImpl(op.op, op.name, run, op.unsupported_reason)
 
@@ -113,11 +112,9 @@ def test_nothing_that_a_step_launches_is_new_after_the_warm_up(
     selector = method.make_selector(config, schedule, geometry, torch.device("cpu"))
     plain, ruled = _Recorder(with_rule=False), _Recorder(with_rule=bool(schedule.spans))
     cache = torch.randn(2, KV_HEADS, BLOCK, 2 * HEAD)
-    before = cache.clone()
     one = WarmLayer((plain.ops, ruled.ops), kv_views(cache, ORDER), QUERY_HEADS, 0.2)
     table = torch.zeros(MAX_REQS, MAX_MODEL_LEN // BLOCK, dtype=torch.int32)
     warm_up(selector, dict.fromkeys(range(LAYERS), one), table, LIMITS)
-    assert torch.equal(cache, before)
     warm = plain.seen | ruled.seen
     assert {op for op, *_ in warm} == used
     generator = random.Random(0)
