@@ -45,7 +45,7 @@ def span_map(profile: Profile, shown: dict[str, Any], path: Path) -> bool:
     densities, influence = zip(*shown["curve"], strict=True)
     curve.plot(densities, influence, marker="o")
     curve.axvline(profile.calibration[MOA.name]["density"], color="crimson", linestyle="--")
-    curve.set_yscale("symlog", linthresh=1e-3)
+    curve.set_ylim(bottom=0)
     curve.set_xlabel("density: share of the tokens that heads keep on average (dashed: chosen)")
     curve.set_ylabel("influence of what is hidden")
     figure.savefig(path)
