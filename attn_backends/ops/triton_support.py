@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from attn_backends.batch import PagedBatch
 from attn_backends.ops.dispatch import OpContext
 
 MAX_HEAD_SIZE = 256
@@ -23,6 +24,7 @@ SPARE_SHARED_BYTES = 2048  # what a kernel may need beside its tiles
 MAX_TILE_TOKENS = 128  # a wider tile gains nothing (measured on an H200)
 # More programs than fill any card several times over; those without work still cost a start each.
 MAX_PROGRAMS = 4096
+MAX_WORKSPACE_BYTES = 128 << 20  # a batch that would need more is served in parts
 # Keys or values of one tile in fp32, which tensor cores do not take: the tile goes through
 # registers, and a larger one would not fit there.
 MAX_FP32_TILE_ELEMENTS = 4096
@@ -118,6 +120,37 @@ def tile_of(
 def programs_per_head(num_splits: int, num_rows_and_heads: int) -> int:
     """Programs that serve the splits of one row and head: one per split, within reason."""
     return min(num_splits, max(1, MAX_PROGRAMS // num_rows_and_heads))
+
+
+def rows_at_once(num_rows: int, workspace_bytes_per_row: int) -> int:
+    """Rows that share a launch, so that their workspace stays within its limit."""
+    return max(1, min(num_rows, MAX_WORKSPACE_BYTES // max(1, workspace_bytes_per_row)))
+
+
+def rows_of(batch: PagedBatch, first: int, last: int) -> PagedBatch:
+    """Decode rows ``[first, last)`` by views alone; their ``query_start_loc`` is not to be read."""
+    return replace(
+        batch,
+        seq_lens=batch.seq_lens[first:last],
+        block_table=batch.block_table[first:last],
+        num_reqs=last - first,
+        num_tokens=last - first,
+    )
+
+
+def cache_strides(key_cache: torch.Tensor, value_cache: torch.Tensor) -> dict[str, int]:
+    """Constants of a kernel that reads or writes the cache: they never change in service."""
+    return _cache_strides(key_cache.stride(), value_cache.stride())
+
+
+@functools.cache
+def _cache_strides(key: tuple[int, ...], value: tuple[int, ...]) -> dict[str, int]:
+    dimensions = ("BLOCK", "HEAD", "TOKEN", "DIM")
+    return {
+        f"STRIDE_{name}_{dimension}": stride
+        for name, strides in (("KEY", key), ("VALUE", value))
+        for dimension, stride in zip(dimensions, strides, strict=True)
+    }
 
 
 def check_heads_are_contiguous(query: torch.Tensor, out: torch.Tensor | None) -> None:

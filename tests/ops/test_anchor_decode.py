@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from attn_backends.ops import triton_support
 from attn_backends.ops.anchor_decode.api import implementations
 from attn_backends.ops.dispatch import OpImpl
 from kvcache.layout import KVOrder
@@ -263,3 +264,15 @@ def test_padded_rows_without_tokens_give_zeros(impl: OpImpl, longest: int) -> No
     assert torch.equal(mass[1], torch.zeros_like(mass[1]))
     assert out[0].isfinite().all()
     assert mass[0].isfinite().all()
+
+
+def test_a_batch_that_would_need_much_workspace_is_served_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    impl = next(impl for impl in implementations() if impl.name == "triton")
+    problem = _decode_problem(impl, seq_lens=(300, 33, 1))
+    out, mass = _run(impl, problem)
+    monkeypatch.setattr(triton_support, "MAX_WORKSPACE_BYTES", 1)  # row by row
+    part_out, part_mass = _run(impl, problem)
+    assert_bitwise_equal(part_out, out)
+    assert_bitwise_equal(part_mass, mass)

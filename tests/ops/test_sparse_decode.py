@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attn_backends.batch import BlockSelection, SpanRule
+from attn_backends.ops import triton_support
 from attn_backends.ops.dispatch import OpImpl
 from attn_backends.ops.paged_attention.api import implementations as paged_implementations
 from attn_backends.ops.sparse_decode.api import implementations
@@ -324,3 +325,17 @@ def test_padded_rows_without_blocks_give_zeros(
     out = _run(impl, problem, selection, rule)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     assert out[0].isfinite().all()
+
+
+def test_a_batch_that_would_need_much_workspace_is_served_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    impl = next(impl for impl in implementations() if impl.name == "triton")
+    problem = _decode_problem(impl, seq_lens=(300, 33, 1, 280))
+    selection = replace(
+        random_selection(problem), heads=torch.tensor([1, 0], device=problem.device)
+    )
+    rule = make_rule(problem, Span(7, 33, -30, 24), per_head=True)
+    whole = _run(impl, problem, selection, rule)
+    monkeypatch.setattr(triton_support, "MAX_WORKSPACE_BYTES", 1)  # row by row
+    assert_bitwise_equal(_run(impl, problem, selection, rule), whole)

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Case:
     max_tokens: int = 131072  # the block table's width
     variant: str = ""  # what else the op can be asked for
 
-    def launches(self) -> list[Launch]:
+    def launches(self) -> Iterable[Launch]:
         """The op's own launches, on tensors without memory."""
         launches = importlib.import_module(f"attn_backends.ops.{self.op}.impl.triton").launches
         heads, shared = 8, SHARED_BYTES[self.capability]

@@ -23,6 +23,7 @@ not run on a GPU (its predecessor has: docs/results.md).
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ import torch
 from attn_backends.batch import PagedBatch
 from attn_backends.ops import triton_support as support
 from attn_backends.ops.dispatch import OpContext
-from attn_backends.ops.triton_support import Launch
+from attn_backends.ops.triton_support import Launch, Tile
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -73,18 +74,52 @@ def launches(
     out: torch.Tensor | None,
     block_mass: torch.Tensor | None,
     shared_bytes: int,
-) -> list[Launch]:
+) -> Iterator[Launch]:
     """What ``run`` launches on a card with that much shared memory; see ``api.py``."""
     support.check_heads_are_contiguous(query, out)
-    _, num_kv_heads, block_size, head_size = key_cache.shape
+    block_size, head_size = key_cache.shape[2:]
+    tile = support.tile_of(head_size, key_cache.dtype, 1 if out is None else 2, shared_bytes)
+    num_tiles = -(-batch.block_table.shape[1] * support.power_of_two(block_size) // tile.tokens)
+    num_splits = min(MAX_SPLITS, num_tiles)
+    head_numbers = num_splits * (2 if out is None else 2 + head_size)
+    if block_mass is not None:
+        head_numbers += num_tiles * max(1, tile.tokens // block_size)
+    at_once = support.rows_at_once(batch.num_reqs, 4 * query.shape[1] * head_numbers)
+    caches = (key_cache, value_cache)
+    if at_once == batch.num_reqs:
+        yield from _launches_of_rows(query, caches, batch, scale, out, block_mass, tile, num_splits)
+        return
+    for first in range(0, batch.num_reqs, at_once):
+        last = min(first + at_once, batch.num_reqs)
+        yield from launches(
+            query[first:last],
+            *caches,
+            support.rows_of(batch, first, last),
+            scale,
+            None if out is None else out[first:last],
+            None if block_mass is None else block_mass[first:last],
+            shared_bytes,
+        )
+
+
+def _launches_of_rows(
+    query: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    batch: PagedBatch,
+    scale: float,
+    out: torch.Tensor | None,
+    block_mass: torch.Tensor | None,
+    tile: Tile,
+    num_splits: int,
+) -> Iterator[Launch]:
+    """Rows whose workspace stays within its limit."""
+    _, num_kv_heads, block_size, head_size = caches[0].shape
     num_reqs, num_query_heads = batch.num_reqs, query.shape[1]
     group = num_query_heads // num_kv_heads
     has_out, has_mass = out is not None, block_mass is not None
-    tile = support.tile_of(head_size, key_cache.dtype, 2 if has_out else 1, shared_bytes)
     block_pad = support.power_of_two(block_size)
     unit = min(block_pad, tile.tokens)
     max_blocks = batch.block_table.shape[1]
-    num_splits = min(MAX_SPLITS, -(-max_blocks * block_pad // tile.tokens))
     num_partials = num_reqs * num_query_heads * num_splits
     # Two numbers and the output of each split, then each unit's log-sum-exp per query head. A
     # unit's heads are side by side: they are stored at once.
@@ -108,14 +143,12 @@ def launches(
     }
     target = workspace if out is None else out  # not written without one
     per_head = support.programs_per_head(num_splits, num_reqs * num_kv_heads)
-    key_strides, value_strides = key_cache.stride(), value_cache.stride()
-    splits = Launch(
+    yield Launch(
         "_split_kernel",
         (num_reqs, num_kv_heads, per_head),
         (
             query,
-            key_cache,
-            value_cache,
+            *caches,
             target,
             stats,
             outs,
@@ -132,14 +165,7 @@ def launches(
         {
             **sizes,
             "GROUP_PAD": max(16, support.power_of_two(group)),  # tl.dot needs 16 rows
-            "STRIDE_KEY_BLOCK": key_strides[0],
-            "STRIDE_KEY_HEAD": key_strides[1],
-            "STRIDE_KEY_TOKEN": key_strides[2],
-            "STRIDE_KEY_DIM": key_strides[3],
-            "STRIDE_VALUE_BLOCK": value_strides[0],
-            "STRIDE_VALUE_HEAD": value_strides[1],
-            "STRIDE_VALUE_TOKEN": value_strides[2],
-            "STRIDE_VALUE_DIM": value_strides[3],
+            **support.cache_strides(*caches),
             "UPCAST": support.interpreted(),
         },
         num_stages=tile.num_stages,
@@ -148,8 +174,8 @@ def launches(
     mass_width = 0 if block_mass is None else block_mass.shape[2]
     per_head = max(group if merges_outs else 0, -(-mass_width // MASS_TILE))
     if per_head == 0:
-        return [splits]
-    finish = Launch(
+        return
+    yield Launch(
         "_finish_kernel",
         (num_reqs, num_kv_heads, per_head),
         (
@@ -171,7 +197,6 @@ def launches(
             "MASS_TILE": MASS_TILE,
         },
     )
-    return [splits, finish]
 
 
 def unsupported_reason(context: OpContext) -> str | None:

@@ -52,7 +52,6 @@ def launches(
     _, num_kv_heads, block_size, head_size = key_cache.shape
     heads_pad, head_pad = support.power_of_two(num_kv_heads), support.power_of_two(head_size)
     tokens = max(1, ELEMENTS_PER_PROGRAM // (heads_pad * head_pad))
-    key_strides, value_strides = key_cache.stride(), value_cache.stride()
     launch = Launch(
         "_cache_write_kernel",
         (-(-num_tokens // tokens),),
@@ -69,14 +68,7 @@ def launches(
         {
             "STRIDE_IN_KEY_HEAD": key.stride(1),
             "STRIDE_IN_VALUE_HEAD": value.stride(1),
-            "STRIDE_KEY_BLOCK": key_strides[0],
-            "STRIDE_KEY_HEAD": key_strides[1],
-            "STRIDE_KEY_TOKEN": key_strides[2],
-            "STRIDE_KEY_DIM": key_strides[3],
-            "STRIDE_VALUE_BLOCK": value_strides[0],
-            "STRIDE_VALUE_HEAD": value_strides[1],
-            "STRIDE_VALUE_TOKEN": value_strides[2],
-            "STRIDE_VALUE_DIM": value_strides[3],
+            **support.cache_strides(key_cache, value_cache),
             "TOKENS": tokens,
             "NUM_KV_HEADS": num_kv_heads,
             "HEADS_PAD": heads_pad,

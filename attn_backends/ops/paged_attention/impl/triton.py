@@ -86,7 +86,6 @@ def launches(
     num_tiles = -(-batch.max_query_len // (tile_rows // group))
     query_bytes = tile_rows * head_pad * dtype.itemsize
     tile = support.tile_of(head_size, dtype, 2, shared_bytes, query_bytes)
-    key_strides, value_strides = key_cache.stride(), value_cache.stride()
     launch = Launch(
         "_paged_attention_kernel",
         (num_tiles, num_kv_heads, batch.num_reqs),
@@ -110,20 +109,13 @@ def launches(
             "HEAD_PAD": head_pad,
             "BLOCK_SIZE": block_size,
             "BLOCK_PAD": support.power_of_two(block_size),
-            "STRIDE_KEY_BLOCK": key_strides[0],
-            "STRIDE_KEY_HEAD": key_strides[1],
-            "STRIDE_KEY_TOKEN": key_strides[2],
-            "STRIDE_KEY_DIM": key_strides[3],
-            "STRIDE_VALUE_BLOCK": value_strides[0],
-            "STRIDE_VALUE_HEAD": value_strides[1],
-            "STRIDE_VALUE_TOKEN": value_strides[2],
-            "STRIDE_VALUE_DIM": value_strides[3],
+            **support.cache_strides(key_cache, value_cache),
             "TILE_ROWS": tile_rows,
             "TILE": min(tile.tokens, MAX_TILE_ELEMENTS // head_pad),
             "HAS_RULE": rule is not None,
             "UPCAST": support.interpreted(),
         },
-        num_warps=8 if tile_rows > 64 else 4,
+        num_warps=8 if tile_rows > 64 or head_size >= WIDE_HEAD_SIZE else 4,
         num_stages=tile.num_stages,
     )
     return [launch]

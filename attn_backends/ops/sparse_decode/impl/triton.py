@@ -21,6 +21,8 @@ not run on a GPU (its predecessor has: docs/results.md).
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +30,7 @@ import torch
 from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
 from attn_backends.ops import triton_support as support
 from attn_backends.ops.dispatch import OpContext
-from attn_backends.ops.triton_support import Launch
+from attn_backends.ops.triton_support import Launch, Tile
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -72,22 +74,59 @@ def launches(
     scale: float,
     out: torch.Tensor,
     shared_bytes: int,
-) -> list[Launch]:
+) -> Iterator[Launch]:
     """What ``run`` launches on a card with that much shared memory; see ``api.py``."""
     support.check_heads_are_contiguous(query, out)
-    _, num_kv_heads, block_size, head_size = key_cache.shape
+    block_size, head_size = key_cache.shape[2:]
+    tile = support.tile_of(head_size, key_cache.dtype, 2, shared_bytes)
+    width = selection.logical_blocks.shape[2]
+    num_tiles = -(-width * support.power_of_two(block_size) // tile.tokens)
+    num_splits = min(MAX_SPLITS, num_tiles)
+    # Output and two numbers of each split; nothing where every row has one.
+    row_bytes = 4 * query.shape[1] * num_splits * (head_size + 2) if num_splits > 1 else 0
+    at_once = support.rows_at_once(batch.num_reqs, row_bytes)
+    caches = (key_cache, value_cache)
+    if at_once == batch.num_reqs:
+        yield from _launches_of_rows(
+            query, caches, batch, selection, rule, scale, out, tile, num_splits
+        )
+        return
+    for first in range(0, batch.num_reqs, at_once):
+        last = min(first + at_once, batch.num_reqs)
+        blocks, counts = selection.logical_blocks[first:last], selection.counts[first:last]
+        yield from launches(
+            query[first:last],
+            *caches,
+            support.rows_of(batch, first, last),
+            replace(selection, logical_blocks=blocks, counts=counts),
+            None if rule is None else rule.rows(first, last),
+            scale,
+            out[first:last],
+            shared_bytes,
+        )
+
+
+def _launches_of_rows(
+    query: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    batch: PagedBatch,
+    selection: BlockSelection,
+    rule: SpanRule | None,
+    scale: float,
+    out: torch.Tensor,
+    tile: Tile,
+    num_splits: int,
+) -> Iterator[Launch]:
+    """Rows whose workspace stays within its limit."""
+    _, num_kv_heads, block_size, head_size = caches[0].shape
     num_query_heads = query.shape[1]
     group = num_query_heads // num_kv_heads
-    tile = support.tile_of(head_size, key_cache.dtype, 2, shared_bytes)
-    block_pad = support.power_of_two(block_size)
     blocks, counts, heads = selection.logical_blocks, selection.counts, selection.heads
-    num_splits = min(MAX_SPLITS, -(-blocks.shape[2] * block_pad // tile.tokens))
-    # Output and two numbers of each split; nothing where every row has one.
-    num_partials = batch.num_reqs * num_query_heads * num_splits if num_splits > 1 else 0
-    partials = query.new_empty(max(1, num_partials) * (head_size + 2), dtype=torch.float32)
+    num_partials = batch.num_reqs * num_query_heads * num_splits if num_splits > 1 else 1
+    partials = query.new_empty(num_partials * (head_size + 2), dtype=torch.float32)
     sizes = {
         "GROUP": group,
-        "BLOCK_PAD": block_pad,
+        "BLOCK_PAD": support.power_of_two(block_size),
         "HEAD_SIZE": head_size,
         "HEAD_PAD": support.padded_head(head_size),
         "TILE": tile.tokens,
@@ -97,14 +136,12 @@ def launches(
     }
     heads = counts if heads is None else heads  # not read without a map
     per_head = support.programs_per_head(num_splits, batch.num_reqs * num_kv_heads)
-    key_strides, value_strides = key_cache.stride(), value_cache.stride()
-    splits = Launch(
+    yield Launch(
         "_split_kernel",
         (batch.num_reqs, num_kv_heads, per_head),
         (
             query,
-            key_cache,
-            value_cache,
+            *caches,
             out,
             partials,
             batch.seq_lens,
@@ -124,28 +161,19 @@ def launches(
             **sizes,
             "GROUP_PAD": max(16, support.power_of_two(group)),  # tl.dot needs 16 rows
             "BLOCK_SIZE": block_size,
-            "STRIDE_KEY_BLOCK": key_strides[0],
-            "STRIDE_KEY_HEAD": key_strides[1],
-            "STRIDE_KEY_TOKEN": key_strides[2],
-            "STRIDE_KEY_DIM": key_strides[3],
-            "STRIDE_VALUE_BLOCK": value_strides[0],
-            "STRIDE_VALUE_HEAD": value_strides[1],
-            "STRIDE_VALUE_TOKEN": value_strides[2],
-            "STRIDE_VALUE_DIM": value_strides[3],
+            **support.cache_strides(*caches),
             "HAS_RULE": rule is not None,
             "UPCAST": support.interpreted(),
         },
         num_stages=tile.num_stages,
     )
-    if num_splits == 1:
-        return [splits]
-    merge = Launch(
-        "_merge_kernel",
-        (batch.num_reqs, num_query_heads),
-        (partials, out, counts, heads, out.stride(0), num_splits),
-        {**sizes, "AT_ONCE": MERGED_AT_ONCE},
-    )
-    return [splits, merge]
+    if num_splits > 1:
+        yield Launch(
+            "_merge_kernel",
+            (batch.num_reqs, num_query_heads),
+            (partials, out, counts, heads, out.stride(0), num_splits),
+            {**sizes, "AT_ONCE": MERGED_AT_ONCE},
+        )
 
 
 def unsupported_reason(context: OpContext) -> str | None:
