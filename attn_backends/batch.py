@@ -7,7 +7,7 @@ row of the cache; ``block_table[request, logical_block]`` is the physical one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -119,6 +119,8 @@ class BlockSelection:
 
     logical_blocks: torch.Tensor  # [num_reqs, num_kv_heads, max_selected] int32
     counts: torch.Tensor  # [num_reqs, num_kv_heads] int32
+    # [num_kv_heads] int64: whose entries each KV head of the layer reads; None: those of its index
+    heads: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int], device: torch.device) -> BlockSelection:
@@ -128,4 +130,6 @@ class BlockSelection:
 
     def rows(self, num_rows: int) -> BlockSelection:
         """The first rows; views."""
-        return BlockSelection(self.logical_blocks[:num_rows], self.counts[:num_rows])
+        return replace(
+            self, logical_blocks=self.logical_blocks[:num_rows], counts=self.counts[:num_rows]
+        )

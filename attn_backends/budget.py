@@ -16,7 +16,6 @@ from attn_backends.plan import (
     Anchor,
     AnchorState,
     DecodeWay,
-    HeadMap,
     KeptRows,
     LayerPlan,
     LayerRole,
@@ -139,7 +138,6 @@ class BudgetSelector:
         self._max_blocks = -(-geometry.max_model_len // block_size)
         shape = (geometry.max_num_reqs, geometry.num_kv_heads, self._max_blocks)
         self._selection = BlockSelection.empty(shape, device)
-        self._mapped = BlockSelection.empty(shape, device)
         self._mass = torch.zeros(shape, dtype=torch.float32, device=device)
         self._budgets = torch.zeros(shape[0], dtype=torch.int32, device=device)
         self._scored_lens = torch.zeros(shape[0], dtype=torch.int32, device=device)
@@ -202,7 +200,7 @@ class BudgetSelector:
         checked: torch.Tensor | None,
     ) -> dict[int, LayerPlan]:
         """Plans of the layers that have no window; views of the buffers, made once for all."""
-        selection, mapped = self._selection.rows(num_rows), self._mapped.rows(num_rows)
+        selection = self._selection.rows(num_rows)
         inheriting = self._anchors[1:] if self._schedule.shares_selections else ()
         ways: dict[int, DecodeWay] = dict.fromkeys(
             self._schedule.of_role(LayerRole.DENSE), DENSE_LAYER.decode
@@ -212,9 +210,7 @@ class BudgetSelector:
             inherits = layer in inheriting
             ways[layer] = Anchor(selection, state, everything, inherits, kept.get(layer))
         for layer in self._schedule.of_role(LayerRole.REUSE):
-            heads = self._head_maps.get(layer)
-            head_map = None if heads is None else HeadMap(heads, mapped)
-            ways[layer] = Reuse(selection, state, head_map, checked)
+            ways[layer] = Reuse(selection, state, self._head_maps.get(layer), checked)
         return {layer: LayerPlan(way) for layer, way in ways.items()}
 
     def _kept(

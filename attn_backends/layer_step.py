@@ -107,7 +107,7 @@ class LayerStep:
             case Anchor():
                 self._anchor(way, decode, query, out)
             case Reuse():
-                selection = _mapped(way)
+                selection = replace(way.selection, heads=way.head_map)
                 if way.checked is not None and way.state.recall is not None:
                     self._check(way.state, way.state.recall, way.checked, decode, query, selection)
                 self._read(selection, decode, query, out)
@@ -209,18 +209,12 @@ class LayerStep:
         served[rows] = torch.minimum(served[rows], served_recall(own.block_mass, given, best))
 
 
-def _mapped(way: Reuse) -> BlockSelection:
-    """The selection, each KV head with that of the anchor's head it follows."""
-    if way.head_map is None:
-        return way.selection
-    heads, mapped = way.head_map.heads, way.head_map.mapped
-    torch.index_select(way.selection.logical_blocks, 1, heads, out=mapped.logical_blocks)
-    torch.index_select(way.selection.counts, 1, heads, out=mapped.counts)
-    return mapped
-
-
 def _selection_of_rows(selection: BlockSelection, rows: torch.Tensor) -> BlockSelection:
-    return BlockSelection(selection.logical_blocks[rows], selection.counts[rows])
+    """Some rows, each KV head with the blocks that it reads."""
+    blocks, counts = selection.logical_blocks[rows], selection.counts[rows]
+    if selection.heads is not None:
+        blocks, counts = blocks[:, selection.heads], counts[:, selection.heads]
+    return BlockSelection(blocks, counts)
 
 
 def _of_rows(state: AnchorState, rows: torch.Tensor) -> AnchorState:

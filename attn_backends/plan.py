@@ -176,20 +176,13 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class HeadMap:
-    """Which of the anchor's KV heads each KV head of a layer follows."""
-
-    heads: torch.Tensor  # [num_kv_heads] int64
-    mapped: BlockSelection  # buffers for the selection in this order
-
-
-@dataclass(frozen=True)
 class Reuse:
     """Decode rows read the last anchor's selection."""
 
     selection: BlockSelection
     state: AnchorState
-    head_map: HeadMap | None = None  # None: each head follows the one of its index
+    # [num_kv_heads] int64: whose selection each KV head reads; None: that of its index
+    head_map: torch.Tensor | None = None
     checked: torch.Tensor | None = None  # [n] int64, rows whose recall is measured
 
 

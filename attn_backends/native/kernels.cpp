@@ -258,9 +258,12 @@ struct DecodeArgs {
   int64_t group;
   const int32_t *block_table, *seq_lens;
   const int32_t *blocks, *counts;  // null: every block of the row
+  const int64_t* heads;            // whose blocks each KV head reads; null: those of its index
   const int32_t* spans;            // null: no rule
   int64_t table_stride, blocks_row_stride, blocks_head_stride, counts_stride;
   float scale;
+
+  int64_t source(int64_t head) const { return heads ? heads[head] : head; }
 };
 
 // What a block's weights are relative to, and their sum; [group, width] each, or null.
@@ -286,7 +289,8 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
     for (int64_t d = 0; d < head_size; ++d)
       scaled[g * head_size + d] = static_cast<float>(query[g * head_size + d]) * a.scale;
   const int32_t* blocks =
-      a.blocks ? a.blocks + row * a.blocks_row_stride + head * a.blocks_head_stride : nullptr;
+      a.blocks ? a.blocks + row * a.blocks_row_stride + a.source(head) * a.blocks_head_stride
+               : nullptr;
   const int32_t* table = a.block_table + row * a.table_stride;
   const auto logical = [blocks](int64_t i) { return blocks ? blocks[i] : i; };
   for (int64_t i = first; i < last; ++i) {
@@ -383,7 +387,7 @@ void decode_typed(const DecodeArgs& a, const at::Tensor& query, const at::Tensor
   std::vector<int64_t> first_piece(num_reqs * heads + 1, 0);
   for (int64_t row = 0; row < num_reqs; ++row)
     for (int64_t head = 0; head < heads; ++head) {
-      const int32_t count = a.counts ? a.counts[row * a.counts_stride + head]
+      const int32_t count = a.counts ? a.counts[row * a.counts_stride + a.source(head)]
                                      : (a.seq_lens[row] + a.cache.block_size - 1) /
                                            a.cache.block_size;
       for (int32_t first = 0; first < count; first += blocks_per_piece)
@@ -686,8 +690,8 @@ void check_rows(const at::Tensor& query, const at::Tensor& out) {
 void sparse_decode(const at::Tensor& query, const at::Tensor& key_cache,
                    const at::Tensor& value_cache, const at::Tensor& block_table,
                    const at::Tensor& seq_lens, const at::Tensor& logical_blocks,
-                   const at::Tensor& counts, const std::optional<at::Tensor>& rule, double scale,
-                   at::Tensor out) {
+                   const at::Tensor& counts, const std::optional<at::Tensor>& heads,
+                   const std::optional<at::Tensor>& rule, double scale, at::Tensor out) {
   const Cache cache = make_cache(key_cache, value_cache);
   check_rows(query, out);
   const DecodeArgs args{cache,
@@ -696,6 +700,7 @@ void sparse_decode(const at::Tensor& query, const at::Tensor& key_cache,
                         seq_lens.const_data_ptr<int32_t>(),
                         logical_blocks.const_data_ptr<int32_t>(),
                         counts.const_data_ptr<int32_t>(),
+                        heads.has_value() ? heads->const_data_ptr<int64_t>() : nullptr,
                         rule_data(rule, query.size(0), cache.num_kv_heads),
                         block_table.stride(0),
                         logical_blocks.stride(0),
@@ -800,8 +805,8 @@ TORCH_LIBRARY(vllm_ext, m) {
         "Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor? rule, "
         "float scale, Tensor(a!) out) -> ()");
   m.def("sparse_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, "
-        "Tensor seq_lens, Tensor logical_blocks, Tensor counts, Tensor? rule, float scale, "
-        "Tensor(a!) out) -> ()");
+        "Tensor seq_lens, Tensor logical_blocks, Tensor counts, Tensor? heads, Tensor? rule, "
+        "float scale, Tensor(a!) out) -> ()");
   m.def("anchor_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, "
         "Tensor seq_lens, float scale, Tensor(a!)? out, Tensor(b!)? block_mass) -> ()");
   m.def("block_topk(Tensor block_mass, Tensor seq_lens, int block_size, Tensor budget_blocks, "

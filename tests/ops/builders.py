@@ -7,23 +7,24 @@ so that a row left out is noticed.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
-from attn_backends.method import Geometry, StepRows
 from attn_backends.ops.cache_write.api import implementations as cache_write_implementations
 from attn_backends.ops.dispatch import OpContext, OpImpl
-from attn_backends.plan import LayerRole, LayerSchedule, Selected
-from attn_backends.windows import WindowSelector
 from kvcache.layout import KVOrder, PagedKVLayout, kv_views
 from kvcache.spans import BETA_UNIT, Span
 
 NUM_SPARE_BLOCKS = 3  # of nobody, NaN throughout
+# Block size, head size and group: what the default suite has of all that kernels must serve.
+DEFAULT_SIZES = {(16, 128, 4), (32, 64, 8), (64, 80, 1), (128, 256, 4)}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,49 @@ def device_of(impl: OpImpl) -> str:
     """Where an implementation is tested: Triton on the GPU if its interpreter is off."""
     on_gpu = impl.name == "triton" and os.environ["TRITON_INTERPRET"] != "1"
     return "cuda" if on_gpu else "cpu"
+
+
+def is_interpreted(impl: OpImpl) -> bool:
+    """Whether an implementation is tested in Triton's slow interpreter."""
+    return impl.name == "triton" and device_of(impl) == "cpu"
+
+
+def cases_and_orders(
+    implementations: Sequence[OpImpl], cases: Sequence[Any]
+) -> pytest.MarkDecorator:
+    """``impl``, ``case`` and ``order``; by default Triton serves the order it has on a GPU."""
+    params = []
+    for impl, case, order in itertools.product(implementations, cases, KVOrder):
+        is_odd = impl.name == "triton" and order is not KVOrder.FUSED and case is not cases[0]
+        params.append(
+            pytest.param(
+                impl,
+                case.values[0],
+                order,
+                id=f"{impl.name}-{case.id}-{order.value}",
+                marks=[pytest.mark.slow] if is_odd else [],
+            )
+        )
+    return pytest.mark.parametrize(("impl", "case", "order"), params)
+
+
+def sizes() -> pytest.MarkDecorator:
+    """``case`` for ``make_problem``: every block size, head size and group, dtypes in turn."""
+    dtypes = itertools.cycle((torch.bfloat16, torch.float32, torch.float16))
+    params = []
+    for size in itertools.product((16, 32, 64, 128), (64, 80, 128, 256), (1, 4, 8)):
+        block_size, head_size, group = size
+        case = {
+            "block_size": block_size,
+            "head_size": head_size,
+            "num_q_heads": group,
+            "num_kv_heads": 1,
+            "dtype": next(dtypes),
+        }
+        marks = [] if size in DEFAULT_SIZES else [pytest.mark.slow]
+        name = f"block{block_size}-size{head_size}-gqa{group}"
+        params.append(pytest.param(case, id=name, marks=marks))
+    return pytest.mark.parametrize("case", params)
 
 
 def skip_unless_supported(impl: OpImpl, context: OpContext) -> None:
@@ -211,6 +255,11 @@ def sink_window_selection(
     problem: Problem, sink_tokens: int, window_tokens: int
 ) -> tuple[BlockSelection, SpanRule]:
     """Selection and rule of the SINK_WINDOW method."""
+    pytest.importorskip("pydantic")  # a bare GPU machine has none, and all else needs none
+    from attn_backends.method import Geometry, StepRows
+    from attn_backends.plan import LayerRole, LayerSchedule, Selected
+    from attn_backends.windows import WindowSelector
+
     geometry = Geometry(
         num_layers=1,
         num_kv_heads=problem.layout.num_kv_heads,

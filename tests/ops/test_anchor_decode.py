@@ -9,22 +9,24 @@ from typing import Any
 import pytest
 import torch
 
+from attn_backends.ops import triton_support
 from attn_backends.ops.anchor_decode.api import implementations
 from attn_backends.ops.dispatch import OpImpl
 from kvcache.layout import KVOrder
 from tests.ops.builders import (
     Problem,
+    cases_and_orders,
     dense_attention,
     device_of,
     make_problem,
     single_row,
+    sizes,
     skip_unless_supported,
 )
 from tests.tolerances import assert_bitwise_equal, assert_no_worse_than_eager
 
 IMPLS = [pytest.param(impl, id=impl.name) for impl in implementations()]
 FAST_IMPLS = [impl for impl in IMPLS if impl.id != "reference"]
-ORDERS = [pytest.param(order, id=order.value) for order in KVOrder]
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 
 UGLY_SEQ_LENS = (1, 31, 32, 33, 63, 127, 300)
@@ -151,9 +153,7 @@ def _check_mass(actual: torch.Tensor, problem: Problem) -> None:
             assert abs(float(mass.sum()) - group) <= relative * group
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("impl", IMPLS)
+@cases_and_orders(implementations(), CASES)
 def test_equals_dense_attention_and_says_where_the_mass_lies(
     impl: OpImpl,
     case: dict[str, Any],
@@ -203,22 +203,34 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(impl: OpImpl, dtype: tor
         assert_bitwise_equal(alone_mass[0, :, :num_blocks], mass[row, :, :num_blocks])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rows_with_more_blocks_than_splits_hold_at_their_smallest(impl: OpImpl) -> None:
+@sizes()
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_serves_all_sizes(impl: OpImpl, case: dict[str, Any]) -> None:
+    problem = _decode_problem(impl, seq_lens=(300, 1, 130), **case)
+    out, mass = _run(impl, problem)
+    _check_out(out, problem)
+    _check_mass(mass, problem)
+
+
+# In 16-bit tiles the row has more of them than there may be splits.
+@pytest.mark.parametrize("block_size", [16, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_rows_with_more_tiles_than_splits_hold_at_their_smallest(
+    impl: OpImpl, block_size: int
+) -> None:
     problem = _decode_problem(
         impl,
-        seq_lens=(9001, 40),
+        seq_lens=(17001, 40),
         num_q_heads=2,
         num_kv_heads=1,
-        block_size=128,
+        block_size=block_size,
+        dtype=torch.bfloat16,
     )
     out, mass = _run(impl, problem)
     _check_out(out, problem)
     _check_mass(mass, problem)
 
 
-# The log of a block's weights that all underflow is -inf: no share, as meant.
-@pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_large_logits_do_not_overflow(impl: OpImpl) -> None:
     # In bf16 and not fp32, see test_sparse_decode.py.
@@ -241,13 +253,26 @@ def test_query_and_out_may_be_slices_of_wider_tensors(impl: OpImpl) -> None:
     _check_mass(mass.cpu(), problem)
 
 
+@pytest.mark.parametrize("longest", [40, 300], ids=["one_split", "splits"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_padded_rows_without_tokens_give_zeros(impl: OpImpl) -> None:
+def test_padded_rows_without_tokens_give_zeros(impl: OpImpl, longest: int) -> None:
     # CUDA graphs pad a batch with such rows; on CPU there are none.
-    problem = _decode_problem(impl, seq_lens=(40, 33))
+    problem = _decode_problem(impl, seq_lens=(longest, 33))
     problem.batch.seq_lens[1] = 0
     out, mass = _run(impl, problem)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     assert torch.equal(mass[1], torch.zeros_like(mass[1]))
     assert out[0].isfinite().all()
     assert mass[0].isfinite().all()
+
+
+def test_a_batch_that_would_need_much_workspace_is_served_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    impl = next(impl for impl in implementations() if impl.name == "triton")
+    problem = _decode_problem(impl, seq_lens=(300, 33, 1))
+    out, mass = _run(impl, problem)
+    monkeypatch.setattr(triton_support, "MAX_WORKSPACE_BYTES", 1)  # row by row
+    part_out, part_mass = _run(impl, problem)
+    assert_bitwise_equal(part_out, out)
+    assert_bitwise_equal(part_mass, mass)

@@ -15,17 +15,20 @@ from kvcache.layout import KVOrder
 from kvcache.spans import BETA_UNIT, Span, everything
 from tests.ops.builders import (
     Problem,
+    cases_and_orders,
     dense_attention,
     device_of,
+    is_interpreted,
     make_problem,
     make_rule,
     poison_hidden,
+    sizes,
     skip_unless_supported,
 )
 from tests.tolerances import assert_bitwise_equal, assert_no_worse_than_eager
 
 IMPLS = [pytest.param(impl, id=impl.name) for impl in implementations()]
-ORDERS = [pytest.param(order, id=order.value) for order in KVOrder]
+FAST_IMPLS = [impl for impl in IMPLS if impl.id != "reference"]
 
 # Prefill, chunked prefill (query shorter than sequence) and decode rows, mixed.
 UGLY_SEQ_LENS, UGLY_QUERY_LENS = (1, 31, 32, 33, 63, 64, 65, 127), (1, 31, 5, 33, 1, 17, 65, 40)
@@ -129,9 +132,7 @@ def _check(actual: torch.Tensor, problem: Problem, rule: SpanRule | None) -> Non
 
 
 @pytest.mark.parametrize("rule_args", RULES)
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("impl", IMPLS)
+@cases_and_orders(implementations(), CASES)
 def test_equals_dense_attention_and_never_reads_hidden_tokens(
     impl: OpImpl,
     case: dict[str, Any],
@@ -140,6 +141,35 @@ def test_equals_dense_attention_and_never_reads_hidden_tokens(
 ) -> None:
     problem = make_problem(**case, order=order, device=device_of(impl))
     rule = None if rule_args is None else make_rule(problem, **rule_args)
+    poison_hidden(problem, rule)
+    _check(_run(impl, problem, rule), problem, rule)
+
+
+@sizes()
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_serves_all_sizes(impl: OpImpl, case: dict[str, Any]) -> None:
+    problem = _problem(impl, seq_lens=(300, 17), query_lens=(70, 17), **case)
+    rule = make_rule(problem, Span(7, 33, -30, 24), per_head=True)
+    poison_hidden(problem, rule)
+    _check(_run(impl, problem, rule), problem, rule)
+
+
+@pytest.mark.parametrize("span", [Span(5, 33), Span(0, 200), Span(300, 1)], ids=str)
+@pytest.mark.parametrize("block_size", [16, 48, 128])
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_tiles_between_the_sinks_and_a_far_window_are_never_read(
+    impl: OpImpl, block_size: int, span: Span
+) -> None:
+    problem = _problem(
+        impl,
+        seq_lens=(1500,),
+        query_lens=(20,),
+        num_q_heads=2,
+        num_kv_heads=1,
+        block_size=block_size,
+        dtype=torch.bfloat16,
+    )
+    rule = make_rule(problem, span)
     poison_hidden(problem, rule)
     _check(_run(impl, problem, rule), problem, rule)
 
@@ -155,17 +185,18 @@ def test_a_rule_that_hides_nothing_changes_nothing(impl: OpImpl) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_elastic_spans_hold_at_every_position_for_every_beta(impl: OpImpl) -> None:
     # One KV head per beta. One token more or less would change a result by a fiftieth or more.
+    betas = range(0, BETA_UNIT + 1, 5 if is_interpreted(impl) else 1)
     problem = _problem(
         impl,
         seq_lens=(50,),
         query_lens=(50,),
-        num_q_heads=BETA_UNIT + 1,
-        num_kv_heads=BETA_UNIT + 1,
+        num_q_heads=len(betas),
+        num_kv_heads=len(betas),
         head_size=16,
         block_size=16,
     )
     for alpha_tokens in (-7, 0, 3):
-        spans = [Span(2, 1, alpha_tokens, beta) for beta in range(BETA_UNIT + 1)]
+        spans = [Span(2, 1, alpha_tokens, beta) for beta in betas]
         rule = SpanRule.of(spans, 1, problem.device)
         _check(_run(impl, problem, rule), problem, rule)
 

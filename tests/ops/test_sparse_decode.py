@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attn_backends.batch import BlockSelection, SpanRule
+from attn_backends.ops import triton_support
 from attn_backends.ops.dispatch import OpImpl
 from attn_backends.ops.paged_attention.api import implementations as paged_implementations
 from attn_backends.ops.sparse_decode.api import implementations
@@ -16,15 +17,18 @@ from kvcache.layout import KVOrder
 from kvcache.spans import BETA_UNIT, Span
 from tests.ops.builders import (
     Problem,
+    cases_and_orders,
     dense_attention,
     device_of,
     full_selection,
+    is_interpreted,
     make_problem,
     make_rule,
     poison_hidden,
     random_selection,
     single_row,
     sink_window_selection,
+    sizes,
     skip_unless_supported,
     visible_tokens,
 )
@@ -32,7 +36,6 @@ from tests.tolerances import assert_bitwise_equal, assert_no_worse_than_eager
 
 IMPLS = [pytest.param(impl, id=impl.name) for impl in implementations()]
 FAST_IMPLS = [impl for impl in IMPLS if impl.id != "reference"]
-ORDERS = [pytest.param(order, id=order.value) for order in KVOrder]
 
 UGLY_SEQ_LENS = (1, 31, 32, 33, 63, 64, 65, 127)
 LONG_SEQ_LENS = (700, 1, 257, 64)  # several splits beside a row below any threshold
@@ -140,9 +143,7 @@ def _decode_problem(impl: OpImpl, order: KVOrder | None = None, **case: Any) -> 
 
 @pytest.mark.parametrize("rule_args", RULES)
 @pytest.mark.parametrize("select", SELECTIONS)
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("impl", IMPLS)
+@cases_and_orders(implementations(), CASES)
 def test_equals_dense_attention_and_never_reads_hidden_tokens(
     impl: OpImpl,
     case: dict[str, Any],
@@ -200,7 +201,8 @@ def test_sink_window_decode_equals_the_last_token_of_ruled_prefill(
 @pytest.mark.parametrize("impl", IMPLS)
 def test_elastic_spans_hold_for_every_beta(impl: OpImpl, alpha_tokens: int) -> None:
     # One KV head per beta. One token more or less would change a result by a hundredth or more.
-    heads = BETA_UNIT + 1
+    betas = range(0, BETA_UNIT + 1, 5 if is_interpreted(impl) else 1)
+    heads = len(betas)
     problem = _decode_problem(
         impl,
         seq_lens=(100, 47, 2),
@@ -209,7 +211,7 @@ def test_elastic_spans_hold_for_every_beta(impl: OpImpl, alpha_tokens: int) -> N
         head_size=16,
         block_size=16,
     )
-    spans = [Span(2, 1, alpha_tokens, beta) for beta in range(heads)]
+    spans = [Span(2, 1, alpha_tokens, beta) for beta in betas]
     rule, selection = SpanRule.of(spans, 3, problem.device), full_selection(problem)
     poison_hidden(problem, rule, selection)
     _check(_run(impl, problem, selection, rule), problem, rule, selection)
@@ -236,14 +238,41 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(
         assert_bitwise_equal(alone[0], together[row])
 
 
+@sizes()
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_serves_all_sizes(impl: OpImpl, case: dict[str, Any]) -> None:
+    problem = _decode_problem(impl, seq_lens=(300, 1, 130), **case)
+    selection, rule = random_selection(problem), make_rule(problem, Span(7, 33, -30, 24), True)
+    poison_hidden(problem, rule, selection)
+    _check(_run(impl, problem, selection, rule), problem, rule, selection)
+
+
+@pytest.mark.parametrize("rule_args", RULES[::2])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_rows_with_more_blocks_than_splits_hold_at_their_smallest(impl: OpImpl) -> None:
+def test_heads_may_read_what_other_heads_selected(impl: OpImpl, rule_args: Any) -> None:
+    problem = _decode_problem(impl, seq_lens=(300, 1, 130), num_q_heads=6, num_kv_heads=3)
+    selection = random_selection(problem)
+    rule = None if rule_args is None else make_rule(problem, **rule_args)
+    heads = torch.tensor([2, 0, 2], device=problem.device)
+    moved = BlockSelection(selection.logical_blocks[:, heads], selection.counts[:, heads])
+    expected = _run(impl, problem, moved, rule)
+    _check(expected, problem, rule, moved)
+    actual = _run(impl, problem, replace(selection, heads=heads), rule)
+    assert_bitwise_equal(actual, expected)
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_rows_with_more_tiles_than_splits_hold_at_their_smallest(
+    impl: OpImpl, block_size: int
+) -> None:
     problem = _decode_problem(
         impl,
         seq_lens=(9001, 40),
         num_q_heads=2,
         num_kv_heads=1,
-        block_size=128,
+        block_size=block_size,
+        dtype=torch.bfloat16,
     )
     selection = full_selection(problem)
     _check(_run(impl, problem, selection, None), problem, None, selection)
@@ -280,14 +309,33 @@ def test_query_and_out_may_be_slices_of_wider_tensors(impl: OpImpl) -> None:
     _check(out[:, 4:8].cpu(), problem, None, selection)
 
 
+@pytest.mark.parametrize("span", [None, Span(0, 40)], ids=["no_rule", "window40"])
+@pytest.mark.parametrize("longest", [40, 300], ids=["one_split", "splits"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_padded_rows_without_blocks_give_zeros(impl: OpImpl) -> None:
+def test_padded_rows_without_blocks_give_zeros(
+    impl: OpImpl, longest: int, span: Span | None
+) -> None:
     # CUDA graphs pad a batch with such rows; on CPU there are none.
-    problem = _decode_problem(impl, seq_lens=(40, 33))
+    problem = _decode_problem(impl, seq_lens=(longest, 33))
     selection = full_selection(problem)
     problem.batch.seq_lens[1] = 0
     selection.counts[1] = 0
     selection.logical_blocks[1] = -1
-    out = _run(impl, problem, selection, None)
+    rule = None if span is None else make_rule(problem, span)
+    out = _run(impl, problem, selection, rule)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     assert out[0].isfinite().all()
+
+
+def test_a_batch_that_would_need_much_workspace_is_served_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    impl = next(impl for impl in implementations() if impl.name == "triton")
+    problem = _decode_problem(impl, seq_lens=(300, 33, 1, 280))
+    selection = replace(
+        random_selection(problem), heads=torch.tensor([1, 0], device=problem.device)
+    )
+    rule = make_rule(problem, Span(7, 33, -30, 24), per_head=True)
+    whole = _run(impl, problem, selection, rule)
+    monkeypatch.setattr(triton_support, "MAX_WORKSPACE_BYTES", 1)  # row by row
+    assert_bitwise_equal(_run(impl, problem, selection, rule), whole)

@@ -2,7 +2,7 @@
 
 ``run(query, key_cache, value_cache, batch, rule, scale, out) -> None``
 
-query, out: ``[num_tokens, num_query_heads, head_size]``, contiguous in the last dimension.
+query, out: ``[num_tokens, num_query_heads, head_size]``, contiguous per token.
 key_cache, value_cache: ``[num_blocks, num_kv_heads, block_size, head_size]`` strided views.
 batch: ``PagedBatch``; query tokens are the last tokens of their row, causal.
 rule: ``SpanRule`` or None for plain causal attention. Tokens that the rule hides are

@@ -2,11 +2,12 @@
 
 ``run(query, key_cache, value_cache, batch, selection, rule, scale, out) -> None``
 
-query, out: ``[num_reqs, num_query_heads, head_size]``, contiguous in the last dimension.
+query, out: ``[num_reqs, num_query_heads, head_size]``, contiguous per row.
 key_cache, value_cache: ``[num_blocks, num_kv_heads, block_size, head_size]`` strided views.
 batch: ``PagedBatch`` with one query token per row; ``seq_lens`` includes it.
-selection: ``BlockSelection``; each KV head of each row reads its own blocks. Tokens at or
-past ``seq_lens`` in the last block are masked.
+selection: ``BlockSelection``; each KV head of each row reads its own blocks, or with
+``selection.heads`` those of the head named there. Tokens at or past ``seq_lens`` in the last
+block are masked.
 rule: ``SpanRule`` or None; trims tokens inside the selected blocks.
 scale: factor on the logits.
 

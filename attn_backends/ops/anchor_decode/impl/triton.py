@@ -1,42 +1,44 @@
 """Triton implementation of ``anchor_decode``.
 
-Split-KV decoding as in ``sparse_decode``, over every block of the row. The first kernel
-runs one program per (row, KV head, split of the row's blocks); all query heads of the KV
-head share the loaded tiles. Beside the split's maximum, sum and unnormalised output it
-leaves every block's log-sum-exp per query head in an fp32 workspace. The second merges the
-splits of a (row, query head) in one fixed-shape reduction and leaves the row's log-sum-exp;
-from both, the third computes the blocks' shares. Without ``block_mass`` there is no third
-kernel, and the others compute and store nothing for it; without ``out`` no value is read.
+Split-KV decoding as in ``sparse_decode``, over every block of the row, in tiles of tokens gathered
+through a vector of block ids. Beside the split's maximum, sum and unnormalised output the first
+kernel leaves the log-sum-exp of each *unit* per query head in an fp32 workspace. A unit is a block,
+or a tile's worth of it where blocks are larger than tiles. The second launch does what needs the
+whole row: it merges the splits' outputs in a fixed order and turns units into the blocks' shares.
+Without ``block_mass`` nothing is computed or stored for it; without ``out`` no value is read. A row
+of one split has its output from the first launch.
 
-How a row is split and merged depends on its own length alone, so a request's bits do not
-depend on its neighbours. The grids depend on shapes alone; lengths stay on the device, where
-programs without work leave early. Tokens past the row's end are masked at the load, so what
-their memory holds cannot matter.
+How a row is split and merged depends on its own length alone, so a request's bits do not depend on
+its neighbours. The grids depend on shapes alone; lengths stay on the device, where programs without
+work leave early. Tokens past the row's end are masked at the load, so what their memory holds
+cannot matter.
 
-Proven in Triton's interpreter; run on an H200 at commit fa7282f (docs/results.md).
+A tile is laid over blocks padded to a power of two: lane ``x`` is token ``x % BLOCK_PAD`` of the
+row's block ``x // BLOCK_PAD``.
+
+Proven in Triton's interpreter and compiled for sm_80 and sm_90 without a device; this version has
+not run on a GPU (its predecessor has: docs/results.md).
 """
 
 from __future__ import annotations
 
 import functools
-import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attn_backends.batch import PagedBatch
+from attn_backends.ops import triton_support as support
 from attn_backends.ops.dispatch import OpContext
+from attn_backends.ops.triton_support import Launch, Tile
 
 if TYPE_CHECKING:
-    import triton
     import triton.language as tl
 
-MAX_BLOCK_SIZE = 128
-MAX_HEAD_SIZE = 128
-MAX_SPLITS = 32  # bounds the workspace and fixes the shape of the merge
-MIN_SPLIT_TOKENS = 256  # below that, a program's start costs more than its loads
-MASS_TILE = 128  # blocks per program of the mass kernel
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_SPLITS = 128  # bounds the workspace and fixes the shape of the merge
+MERGED_AT_ONCE = 16  # splits
+MASS_TILE = 128  # blocks that a program of the last launch gives their mass
 
 
 def run(
@@ -51,187 +53,224 @@ def run(
     """See ``api.py``."""
     if batch.num_reqs == 0:
         return
-    partial_kernel, merge_kernel, mass_kernel = _kernels()
-    _, num_kv_heads, block_size, head_size = key_cache.shape
-    num_query_heads = query.shape[1]
+    # The interpreter truncates when it converts to bf16; there, torch does the rounding.
+    target = out.float() if out is not None and support.interpreted() else out
+    shared_bytes = support.shared_bytes_of(query)
+    kernels = _kernels()
+    for launch in launches(
+        query, key_cache, value_cache, batch, scale, target, block_mass, shared_bytes
+    ):
+        launch.start(kernels)
+    if out is not None and target is not out:
+        out.copy_(target)
+
+
+def launches(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: PagedBatch,
+    scale: float,
+    out: torch.Tensor | None,
+    block_mass: torch.Tensor | None,
+    shared_bytes: int,
+) -> Iterator[Launch]:
+    """What ``run`` launches on a card with that much shared memory; see ``api.py``."""
+    support.check_heads_are_contiguous(query, out)
+    block_size, head_size = key_cache.shape[2:]
+    tile = support.tile_of(head_size, key_cache.dtype, 1 if out is None else 2, shared_bytes)
+    num_tiles = -(-batch.block_table.shape[1] * support.power_of_two(block_size) // tile.tokens)
+    num_splits = min(MAX_SPLITS, num_tiles)
+    head_numbers = num_splits * (2 if out is None else 2 + head_size)
+    if block_mass is not None:
+        head_numbers += num_tiles * max(1, tile.tokens // block_size)
+    at_once = support.rows_at_once(batch.num_reqs, 4 * query.shape[1] * head_numbers)
+    caches = (key_cache, value_cache)
+    if at_once == batch.num_reqs:
+        yield from _launches_of_rows(query, caches, batch, scale, out, block_mass, tile, num_splits)
+        return
+    for first in range(0, batch.num_reqs, at_once):
+        last = min(first + at_once, batch.num_reqs)
+        yield from launches(
+            query[first:last],
+            *caches,
+            support.rows_of(batch, first, last),
+            scale,
+            None if out is None else out[first:last],
+            None if block_mass is None else block_mass[first:last],
+            shared_bytes,
+        )
+
+
+def _launches_of_rows(
+    query: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    batch: PagedBatch,
+    scale: float,
+    out: torch.Tensor | None,
+    block_mass: torch.Tensor | None,
+    tile: Tile,
+    num_splits: int,
+) -> Iterator[Launch]:
+    """Rows whose workspace stays within its limit."""
+    _, num_kv_heads, block_size, head_size = caches[0].shape
+    num_reqs, num_query_heads = batch.num_reqs, query.shape[1]
     group = num_query_heads // num_kv_heads
-    min_split_blocks = max(1, MIN_SPLIT_TOKENS // block_size)
+    has_out, has_mass = out is not None, block_mass is not None
+    block_pad = support.power_of_two(block_size)
+    unit = min(block_pad, tile.tokens)
     max_blocks = batch.block_table.shape[1]
-    num_splits = min(MAX_SPLITS, triton.cdiv(max_blocks, min_split_blocks))
-    partials = (batch.num_reqs, num_query_heads, num_splits)
-    has_out = out is not None
-    out_shape = (*partials, head_size) if has_out else (1,)
-    partial_out = query.new_empty(out_shape, dtype=torch.float32)
-    partial_max = query.new_empty(partials, dtype=torch.float32)
-    partial_sum = query.new_empty(partials, dtype=torch.float32)
-    has_mass = block_mass is not None
-    row_lse = query.new_empty(partials[:2] if has_mass else (1, 1), dtype=torch.float32)
-    # A block's heads are side by side: they are stored at once.
-    lse_shape = (batch.num_reqs, num_kv_heads, max_blocks, group) if has_mass else (1, 1, 1, 1)
-    block_lse = query.new_empty(lse_shape, dtype=torch.float32)
-    interpreted = _interpreted()
-    group_pad = max(16, triton.next_power_of_2(group))  # tl.dot needs 16 rows
+    num_partials = num_reqs * num_query_heads * num_splits
+    # Two numbers and the output of each split, then each unit's log-sum-exp per query head. A
+    # unit's heads are side by side: they are stored at once.
+    num_outs = num_partials * head_size if has_out and num_splits > 1 else 0
+    num_lses = num_reqs * num_query_heads * max_blocks * (block_pad // unit) if has_mass else 0
+    outs_begin = -(-2 * num_partials // 4) * 4  # in whole vectors of 16 bytes
+    lses_begin = outs_begin + num_outs
+    workspace = query.new_empty(lses_begin + num_lses, dtype=torch.float32)
+    stats, outs, lses = workspace, workspace[outs_begin:], workspace[lses_begin:]
     sizes = {
+        "GROUP": group,
         "BLOCK_SIZE": block_size,
+        "BLOCK_PAD": block_pad,
         "HEAD_SIZE": head_size,
-        "HEAD_PAD": max(16, triton.next_power_of_2(head_size)),
-        "MIN_SPLIT_BLOCKS": min_split_blocks,
+        "HEAD_PAD": support.padded_head(head_size),
+        "TILE": tile.tokens,
+        "UNIT": unit,
         "MAX_SPLITS": MAX_SPLITS,
         "HAS_OUT": has_out,
         "HAS_MASS": has_mass,
-        "num_warps": 4,
     }
-    partial_kernel[(batch.num_reqs, num_kv_heads, num_splits)](
-        query,
-        key_cache,
-        value_cache,
-        partial_out,
-        partial_max,
-        partial_sum,
-        block_lse,
-        batch.seq_lens,
-        batch.block_table,
-        scale,
-        query.stride(0),
-        query.stride(1),
-        *key_cache.stride(),
-        *value_cache.stride(),
-        partial_sum.stride(0),
-        partial_sum.stride(1),
-        block_lse.stride(0),
-        block_lse.stride(1),
-        batch.block_table.stride(0),
-        GROUP=group,
-        GROUP_PAD=group_pad,
-        BLOCK_N=max(16, triton.next_power_of_2(block_size)),
-        UPCAST=interpreted,
-        # Two K and V tiles in flight fit into shared memory in 16 bit, not in fp32.
-        num_stages=1 if key_cache.dtype == torch.float32 else 2,
-        **sizes,
+    target = workspace if out is None else out  # not written without one
+    per_head = support.programs_per_head(num_splits, num_reqs * num_kv_heads)
+    yield Launch(
+        "_split_kernel",
+        (num_reqs, num_kv_heads, per_head),
+        (
+            query,
+            *caches,
+            target,
+            stats,
+            outs,
+            lses,
+            batch.seq_lens,
+            batch.block_table,
+            scale,
+            query.stride(0),
+            target.stride(0),
+            batch.block_table.stride(0),
+            max_blocks,
+            num_splits,
+        ),
+        {
+            **sizes,
+            "GROUP_PAD": max(16, support.power_of_two(group)),  # tl.dot needs 16 rows
+            **support.cache_strides(*caches),
+            "UPCAST": support.interpreted(),
+        },
+        num_stages=tile.num_stages,
     )
-    # The interpreter truncates when it converts to bf16; there, torch does the rounding.
-    target = partial_out if out is None else out.float() if interpreted else out
-    merge_kernel[(batch.num_reqs, num_query_heads)](
-        partial_out,
-        partial_max,
-        partial_sum,
-        target,
-        row_lse,
-        batch.seq_lens,
-        partial_sum.stride(0),
-        partial_sum.stride(1),
-        target.stride(0),
-        target.stride(1) if has_out else 0,
-        row_lse.stride(0),
-        **sizes,
-    )
-    if interpreted and out is not None:
-        out.copy_(target)
-    if block_mass is None:
+    merges_outs = has_out and num_splits > 1
+    mass_width = 0 if block_mass is None else block_mass.shape[2]
+    per_head = max(group if merges_outs else 0, -(-mass_width // MASS_TILE))
+    if per_head == 0:
         return
-    mass_width = block_mass.shape[2]
-    mass_kernel[(batch.num_reqs, num_kv_heads, triton.cdiv(mass_width, MASS_TILE))](
-        block_lse,
-        row_lse,
-        block_mass,
-        batch.seq_lens,
-        mass_width,
-        block_lse.stride(0),
-        block_lse.stride(1),
-        row_lse.stride(0),
-        block_mass.stride(0),
-        block_mass.stride(1),
-        GROUP=group,
-        GROUP_PAD=group_pad,
-        BLOCK_SIZE=block_size,
-        TILE=MASS_TILE,
-        num_warps=4,
+    yield Launch(
+        "_finish_kernel",
+        (num_reqs, num_kv_heads, per_head),
+        (
+            stats,
+            outs,
+            lses,
+            target,
+            workspace if block_mass is None else block_mass,  # not written without one
+            batch.seq_lens,
+            target.stride(0),
+            mass_width,
+            max_blocks,
+            num_splits,
+        ),
+        {
+            **sizes,
+            "GROUP_PAD": support.power_of_two(group),
+            "AT_ONCE": MERGED_AT_ONCE,
+            "MASS_TILE": MASS_TILE,
+        },
     )
 
 
 def unsupported_reason(context: OpContext) -> str | None:
-    """Sizes that were tested, wherever Triton runs."""
-    if context.device_type == "cpu" and not _interpreted():
-        return "Triton does not run on CPU (TRITON_INTERPRET=1 runs its slow interpreter)"
-    layout = context.layout
-    if layout.head_size > MAX_HEAD_SIZE:
-        return f"head_size {layout.head_size} is more than {MAX_HEAD_SIZE}"
-    if layout.block_size > MAX_BLOCK_SIZE:
-        return f"block_size {layout.block_size} is more than {MAX_BLOCK_SIZE}"
-    if layout.dtype not in SUPPORTED_DTYPES:
-        return f"KV cache dtype {layout.dtype} is not one of bfloat16, float16, float32"
-    try:
-        _kernels()
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    return None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Head sizes and dtypes that were tested, wherever Triton runs."""
+    return support.unsupported_reason(context, _kernels)
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any, Any]:
-    """All compiled kernels; the first call imports Triton, so that importing us does not.
+def _kernels() -> dict[str, Any]:
+    """The compiled kernels; the first call imports Triton, so that importing us does not.
 
-    Triton looks names up in the globals of the kernels, hence ``global``.
+    Triton looks names up in the globals of the kernels, hence ``global``. It must not compile
+    anew for a table or masses of another width: bits would depend on the batch.
     """
-    global triton, tl
+    global tl
     import triton
     import triton.language as tl
 
-    return triton.jit(_partial_kernel), triton.jit(_merge_kernel), triton.jit(_mass_kernel)
+    return {
+        "_split_kernel": triton.jit(_split_kernel, do_not_specialize=["max_blocks", "num_splits"]),
+        "_finish_kernel": triton.jit(
+            _finish_kernel, do_not_specialize=["mass_width", "max_blocks", "num_splits"]
+        ),
+    }
 
 
-def _partial_kernel(
+def _split_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    partial_out_ptr,
-    partial_max_ptr,
-    partial_sum_ptr,
-    block_lse_ptr,
+    out_ptr,
+    stats_ptr,
+    outs_ptr,
+    lses_ptr,
     seq_lens_ptr,
     block_table_ptr,
     scale,
     stride_query_row,
-    stride_query_head,
-    stride_key_block,
-    stride_key_head,
-    stride_key_token,
-    stride_key_dim,
-    stride_value_block,
-    stride_value_head,
-    stride_value_token,
-    stride_value_dim,
-    stride_partial_row,
-    stride_partial_head,
-    stride_lse_row,
-    stride_lse_head,
+    stride_out_row,
     stride_table_row,
+    max_blocks,
+    num_splits,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
-    MIN_SPLIT_BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
+    UNIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_MASS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    STRIDE_KEY_BLOCK: tl.constexpr,
+    STRIDE_KEY_HEAD: tl.constexpr,
+    STRIDE_KEY_TOKEN: tl.constexpr,
+    STRIDE_KEY_DIM: tl.constexpr,
+    STRIDE_VALUE_BLOCK: tl.constexpr,
+    STRIDE_VALUE_HEAD: tl.constexpr,
+    STRIDE_VALUE_TOKEN: tl.constexpr,
+    STRIDE_VALUE_DIM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    TILE_UNITS: tl.constexpr = TILE // UNIT
     # Rows times blocks, heads or splits overflow int32 in large caches.
     row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    kv_head = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + row)
     count = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
-    split_blocks = tl.maximum((count + MAX_SPLITS - 1) // MAX_SPLITS, MIN_SPLIT_BLOCKS)
-    first = split * split_blocks
-    last = tl.minimum(first + split_blocks, count)
-    if first >= last:
+    num_tiles = (count * BLOCK_PAD + TILE - 1) // TILE
+    split_tiles = tl.maximum((num_tiles + MAX_SPLITS - 1) // MAX_SPLITS, 1)
+    # A row without tokens, as in padded batches, has one empty split: it gives zeros.
+    row_splits = tl.maximum((num_tiles + split_tiles - 1) // split_tiles, 1)
+    if tl.program_id(2) >= row_splits:
         return
 
     group_rows = tl.arange(0, GROUP_PAD)
@@ -239,177 +278,200 @@ def _partial_kernel(
     query_heads = kv_head * GROUP + group_rows  # [GROUP_PAD]
     dims = tl.arange(0, HEAD_PAD)
     dim_mask = dims < HEAD_SIZE
+    head_mask = group_mask[:, None] & dim_mask[None, :]
     query_tile = tl.load(  # [GROUP_PAD, HEAD_PAD]
-        query_ptr
-        + row * stride_query_row
-        + query_heads[:, None] * stride_query_head
-        + dims[None, :],
-        mask=group_mask[:, None] & dim_mask[None, :],
+        query_ptr + row * stride_query_row + query_heads[:, None] * HEAD_SIZE + dims[None, :],
+        mask=head_mask,
         other=0.0,
     )
     if UPCAST:  # the interpreter's bf16 dot is wrong
         query_tile = query_tile.to(tl.float32)
 
-    running_max = tl.full([GROUP_PAD], float("-inf"), dtype=tl.float32)
-    running_sum = tl.zeros([GROUP_PAD], dtype=tl.float32)
-    acc = tl.zeros([GROUP_PAD, HEAD_PAD], dtype=tl.float32)
-    offsets = tl.arange(0, BLOCK_N)
+    lanes = tl.arange(0, TILE)
     table_row_ptr = block_table_ptr + row * stride_table_row
-    lse_row_ptr = block_lse_ptr + row * stride_lse_row + kv_head * stride_lse_head
-    for block in range(first, last):
-        physical_block = tl.load(table_row_ptr + block).to(tl.int64)
-        # Masked at the load and not only in the logits: 0 * NaN would be NaN.
-        token_mask = (offsets < BLOCK_SIZE) & (block * BLOCK_SIZE + offsets < seq_len)
-        key_tile = tl.load(  # [HEAD_PAD, BLOCK_N]
-            key_ptr
-            + physical_block * stride_key_block
-            + kv_head * stride_key_head
-            + dims[:, None] * stride_key_dim
-            + offsets[None, :] * stride_key_token,
-            mask=dim_mask[:, None] & token_mask[None, :],
-            other=0.0,
-        )
-        if UPCAST:
-            key_tile = key_tile.to(tl.float32)
-        if HAS_OUT:
-            value_tile = tl.load(  # [BLOCK_N, HEAD_PAD]
-                value_ptr
-                + physical_block * stride_value_block
-                + kv_head * stride_value_head
-                + offsets[:, None] * stride_value_token
-                + dims[None, :] * stride_value_dim,
-                mask=token_mask[:, None] & dim_mask[None, :],
+    key_head_ptr = key_ptr + kv_head * STRIDE_KEY_HEAD
+    value_head_ptr = value_ptr + kv_head * STRIDE_VALUE_HEAD
+    # [num_reqs, num_kv_heads, max_blocks * (BLOCK_PAD // UNIT), GROUP]
+    units_of_head = max_blocks.to(tl.int64) * (BLOCK_PAD // UNIT) * GROUP
+    lses_head_ptr = lses_ptr + (row * tl.num_programs(1) + kv_head) * units_of_head
+    for split in range(tl.program_id(2), row_splits, tl.num_programs(2)):
+        running_max = tl.full([GROUP_PAD], float("-inf"), dtype=tl.float32)
+        running_sum = tl.zeros([GROUP_PAD], dtype=tl.float32)
+        acc = tl.zeros([GROUP_PAD, HEAD_PAD], dtype=tl.float32)
+        first = split * split_tiles
+        for tile in range(first, tl.minimum(first + split_tiles, num_tiles)):
+            blocks = (tile * TILE + lanes) // BLOCK_PAD  # [TILE]
+            offsets = (tile * TILE + lanes) % BLOCK_PAD
+            # Masked at the load and not only in the logits: 0 * NaN would be NaN.
+            token_mask = (offsets < BLOCK_SIZE) & (blocks * BLOCK_SIZE + offsets < seq_len)
+            physical_blocks = tl.load(table_row_ptr + blocks, mask=token_mask, other=0).to(tl.int64)
+            key_tile = tl.load(  # [HEAD_PAD, TILE]
+                key_head_ptr
+                + (physical_blocks * STRIDE_KEY_BLOCK + offsets * STRIDE_KEY_TOKEN)[None, :]
+                + dims[:, None] * STRIDE_KEY_DIM,
+                mask=dim_mask[:, None] & token_mask[None, :],
                 other=0.0,
             )
             if UPCAST:
-                value_tile = value_tile.to(tl.float32)
+                key_tile = key_tile.to(tl.float32)
+            if HAS_OUT:
+                value_tile = tl.load(  # [TILE, HEAD_PAD]
+                    value_head_ptr
+                    + (physical_blocks * STRIDE_VALUE_BLOCK + offsets * STRIDE_VALUE_TOKEN)[:, None]
+                    + dims[None, :] * STRIDE_VALUE_DIM,
+                    mask=token_mask[:, None] & dim_mask[None, :],
+                    other=0.0,
+                )
+                if UPCAST:
+                    value_tile = value_tile.to(tl.float32)
 
-        logits = tl.dot(query_tile, key_tile, input_precision="ieee") * scale
-        logits = tl.where(token_mask[None, :], logits, float("-inf"))  # [GROUP_PAD, BLOCK_N]
-        # Finite from the first block on: each block up to `last` has a token of the row.
-        new_max = tl.maximum(running_max, tl.max(logits, axis=1))
-        weights = tl.exp(logits - new_max[:, None])
-        block_sum = tl.sum(weights, axis=1)
-        if HAS_MASS:  # -inf where the block's share is below the smallest fp32
-            tl.store(
-                lse_row_ptr + block * GROUP + group_rows,
-                new_max + tl.log(block_sum),
-                mask=group_mask,
-            )
-        rescale = tl.exp(running_max - new_max)
-        running_sum = running_sum * rescale + block_sum
+            logits = tl.dot(query_tile, key_tile, input_precision="ieee") * scale
+            logits = tl.where(token_mask[None, :], logits, float("-inf"))  # [GROUP_PAD, TILE]
+            new_max = tl.maximum(running_max, tl.max(logits, axis=1))
+            # A tile past the end of the row's last block, or in the padding of any, has no token:
+            # until one does this is -inf, and -inf - -inf is NaN.
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weights = tl.exp(logits - safe_max[:, None])
+            # [GROUP_PAD, TILE_UNITS]; with and without masses in the same order
+            unit_sums = tl.sum(tl.reshape(weights, [GROUP_PAD, TILE_UNITS, UNIT]), axis=2)
+            if HAS_MASS:
+                has_share = unit_sums > 0.0  # else it is below the smallest fp32
+                lse = safe_max[:, None] + tl.log(tl.where(has_share, unit_sums, 1.0))
+                units = tile * TILE_UNITS + tl.arange(0, TILE_UNITS)
+                unit_mask = units * UNIT < count * BLOCK_PAD
+                tl.store(
+                    lses_head_ptr + units[None, :] * GROUP + group_rows[:, None],
+                    tl.where(has_share, lse, float("-inf")),
+                    mask=group_mask[:, None] & unit_mask[None, :],
+                )
+            rescale = tl.exp(running_max - safe_max)
+            running_sum = running_sum * rescale + tl.sum(unit_sums, axis=1)
+            if HAS_OUT:
+                acc = acc * rescale[:, None]
+                acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc, input_precision="ieee")
+            running_max = new_max
+
+        # [GROUP_PAD], index into [num_reqs, num_query_heads, num_splits]
+        partials = (row * tl.num_programs(1) * GROUP + query_heads) * num_splits + split
+        tl.store(stats_ptr + partials * 2, running_max, mask=group_mask)
+        tl.store(stats_ptr + partials * 2 + 1, running_sum, mask=group_mask)
         if HAS_OUT:
-            acc = acc * rescale[:, None]
-            acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc, input_precision="ieee")
-        running_max = new_max
-
-    # [GROUP_PAD], index into [num_reqs, num_query_heads, num_splits]
-    partials = row * stride_partial_row + query_heads * stride_partial_head + split
-    tl.store(partial_max_ptr + partials, running_max, mask=group_mask)
-    tl.store(partial_sum_ptr + partials, running_sum, mask=group_mask)
-    if HAS_OUT:
-        tl.store(
-            partial_out_ptr + partials[:, None] * HEAD_SIZE + dims[None, :],
-            acc,
-            mask=group_mask[:, None] & dim_mask[None, :],
-        )
+            if row_splits == 1:
+                result = acc / tl.where(running_sum == 0.0, 1.0, running_sum)[:, None]
+                out_row_ptr = out_ptr + row * stride_out_row
+                tl.store(
+                    out_row_ptr + query_heads[:, None] * HEAD_SIZE + dims[None, :],
+                    result.to(out_ptr.dtype.element_ty),
+                    mask=head_mask,
+                )
+            else:
+                tl.store(
+                    outs_ptr + partials[:, None] * HEAD_SIZE + dims[None, :], acc, mask=head_mask
+                )
 
 
-def _merge_kernel(
-    partial_out_ptr,
-    partial_max_ptr,
-    partial_sum_ptr,
+def _finish_kernel(
+    stats_ptr,
+    outs_ptr,
+    lses_ptr,
     out_ptr,
-    row_lse_ptr,
+    block_mass_ptr,
     seq_lens_ptr,
-    stride_partial_row,
-    stride_partial_head,
     stride_out_row,
-    stride_out_head,
-    stride_lse_row,
+    mass_width,
+    max_blocks,
+    num_splits,
+    GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
-    MIN_SPLIT_BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
+    UNIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_MASS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    query_head = tl.program_id(1)
-    count = (tl.load(seq_lens_ptr + row) + BLOCK_SIZE - 1) // BLOCK_SIZE
-    split_blocks = tl.maximum((count + MAX_SPLITS - 1) // MAX_SPLITS, MIN_SPLIT_BLOCKS)
-    num_splits = (count + split_blocks - 1) // split_blocks
-
-    # Always MAX_SPLITS wide: the order of summation must not follow the batch's width.
-    splits = tl.arange(0, MAX_SPLITS)
-    split_mask = splits < num_splits
-    dims = tl.arange(0, HEAD_PAD)
-    dim_mask = dims < HEAD_SIZE
-    partials = row * stride_partial_row + query_head * stride_partial_head + splits
-    maxima = tl.load(partial_max_ptr + partials, mask=split_mask, other=float("-inf"))
-    sums = tl.load(partial_sum_ptr + partials, mask=split_mask, other=0.0)
-    row_max = tl.max(maxima, axis=0)
-    # A row without tokens, as in padded batches, gives zeros.
-    safe_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-    rescale = tl.exp(maxima - safe_max)  # [MAX_SPLITS]
-    total = tl.sum(sums * rescale, axis=0)
-    total = tl.where(total == 0.0, 1.0, total)
-    if HAS_OUT:
-        outs = tl.load(  # [MAX_SPLITS, HEAD_PAD]
-            partial_out_ptr + partials[:, None] * HEAD_SIZE + dims[None, :],
-            mask=split_mask[:, None] & dim_mask[None, :],
-            other=0.0,
-        )
-        result = tl.sum(outs * rescale[:, None], axis=0) / total
-        tl.store(
-            out_ptr + row * stride_out_row + query_head * stride_out_head + dims,
-            result.to(out_ptr.dtype.element_ty),
-            mask=dim_mask,
-        )
-    if HAS_MASS:
-        tl.store(row_lse_ptr + row * stride_lse_row + query_head, safe_max + tl.log(total))
-
-
-def _mass_kernel(
-    block_lse_ptr,
-    row_lse_ptr,
-    block_mass_ptr,
-    seq_lens_ptr,
-    mass_width,
-    stride_block_row,
-    stride_block_head,
-    stride_row_row,
-    stride_mass_row,
-    stride_mass_head,
-    GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    MASS_TILE: tl.constexpr,
 ):
+    BLOCK_UNITS: tl.constexpr = BLOCK_PAD // UNIT
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    blocks = tl.program_id(2) * TILE + tl.arange(0, TILE)
-    block_mask = blocks < (tl.load(seq_lens_ptr + row) + BLOCK_SIZE - 1) // BLOCK_SIZE
-    group_rows = tl.arange(0, GROUP_PAD)
-    group_mask = group_rows < GROUP
-    row_lse = tl.load(
-        row_lse_ptr + row * stride_row_row + kv_head * GROUP + group_rows,
-        mask=group_mask,
-        other=0.0,
-    )
-    block_lse = tl.load(  # [TILE, GROUP_PAD]
-        block_lse_ptr
-        + row * stride_block_row
-        + kv_head * stride_block_head
-        + blocks[:, None] * GROUP
-        + group_rows[None, :],
-        mask=block_mask[:, None] & group_mask[None, :],
-        other=float("-inf"),  # no share
-    )
-    mass = tl.sum(tl.exp(block_lse - row_lse[None, :]), axis=1)
-    tl.store(
-        block_mass_ptr + row * stride_mass_row + kv_head * stride_mass_head + blocks,
-        mass,
-        mask=blocks < mass_width,
-    )
+    part = tl.program_id(2)  # the query head of the group that is merged, the blocks' tile
+    count = (tl.load(seq_lens_ptr + row) + BLOCK_SIZE - 1) // BLOCK_SIZE
+    num_tiles = (count * BLOCK_PAD + TILE - 1) // TILE
+    split_tiles = tl.maximum((num_tiles + MAX_SPLITS - 1) // MAX_SPLITS, 1)
+    row_splits = tl.maximum((num_tiles + split_tiles - 1) // split_tiles, 1)
+    # Always MAX_SPLITS wide: the order of summation must not follow the batch's width.
+    splits = tl.arange(0, MAX_SPLITS)
+    split_mask = splits < row_splits
+    first_head = (row * tl.num_programs(1) + kv_head) * GROUP
+
+    if HAS_OUT:  # noqa: SIM102, decided at compile time
+        if (part < GROUP) & (row_splits > 1):
+            first = (first_head + part) * num_splits
+            head_stats_ptr = stats_ptr + (first + splits) * 2
+            maxima = tl.load(head_stats_ptr, mask=split_mask, other=float("-inf"))
+            sums = tl.load(head_stats_ptr + 1, mask=split_mask, other=0.0)
+            row_max = tl.max(maxima, axis=0)
+            total = tl.sum(sums * tl.exp(maxima - row_max), axis=0)
+            dims = tl.arange(0, HEAD_PAD)
+            dim_mask = dims < HEAD_SIZE
+            acc = tl.zeros([HEAD_PAD], dtype=tl.float32)
+            for start in range(0, row_splits, AT_ONCE):
+                some = start + tl.arange(0, AT_ONCE)
+                some_mask = some < row_splits
+                some_max = tl.load(
+                    stats_ptr + (first + some) * 2, mask=some_mask, other=float("-inf")
+                )
+                outs = tl.load(  # [AT_ONCE, HEAD_PAD]
+                    outs_ptr + (first + some)[:, None] * HEAD_SIZE + dims[None, :],
+                    mask=some_mask[:, None] & dim_mask[None, :],
+                    other=0.0,
+                )
+                acc += tl.sum(outs * tl.exp(some_max - row_max)[:, None], axis=0)
+            query_head = kv_head * GROUP + part
+            tl.store(
+                out_ptr + row * stride_out_row + query_head * HEAD_SIZE + dims,
+                (acc / total).to(out_ptr.dtype.element_ty),
+                mask=dim_mask,
+            )
+
+    if HAS_MASS:  # noqa: SIM102, decided at compile time
+        if part * MASS_TILE < mass_width:
+            group_rows = tl.arange(0, GROUP_PAD)
+            group_mask = group_rows < GROUP
+            blocks = part * MASS_TILE + tl.arange(0, MASS_TILE)
+            block_mask = blocks < count
+            mass = tl.zeros([MASS_TILE], dtype=tl.float32)
+            if part * MASS_TILE < count:
+                group_stats_ptr = (
+                    stats_ptr
+                    + (  # [GROUP_PAD, MAX_SPLITS]
+                        ((first_head + group_rows) * num_splits)[:, None] + splits[None, :]
+                    )
+                    * 2
+                )
+                stats_mask = group_mask[:, None] & split_mask[None, :]
+                group_maxima = tl.load(group_stats_ptr, mask=stats_mask, other=float("-inf"))
+                group_sums = tl.load(group_stats_ptr + 1, mask=stats_mask, other=0.0)
+                group_max = tl.max(group_maxima, axis=1)
+                group_max = tl.where(group_mask, group_max, 0.0)
+                totals = tl.sum(group_sums * tl.exp(group_maxima - group_max[:, None]), axis=1)
+                row_lse = group_max + tl.log(tl.where(group_mask, totals, 1.0))  # [GROUP_PAD]
+                head_index = row * tl.num_programs(1) + kv_head
+                lses_head_ptr = lses_ptr + head_index * (
+                    max_blocks.to(tl.int64) * BLOCK_UNITS * GROUP
+                )
+                for unit in tl.static_range(BLOCK_UNITS):
+                    lse = tl.load(  # [MASS_TILE, GROUP_PAD]
+                        lses_head_ptr
+                        + (blocks[:, None] * BLOCK_UNITS + unit) * GROUP
+                        + group_rows[None, :],
+                        mask=block_mask[:, None] & group_mask[None, :],
+                        other=float("-inf"),  # no share
+                    )
+                    mass += tl.sum(tl.exp(lse - row_lse[None, :]), axis=1)
+            mass_ptr = block_mass_ptr + (row * tl.num_programs(1) + kv_head) * mass_width
+            tl.store(mass_ptr + blocks, mass, mask=blocks < mass_width)

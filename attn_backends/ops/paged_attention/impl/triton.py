@@ -1,36 +1,43 @@
 """Triton implementation of ``paged_attention``.
 
-Flash attention over a paged cache: one program serves one tile of query tokens of one
-row, with all query heads of one KV head packed into the tile, and walks the KV blocks
-with an online softmax in fp32. With a ``SpanRule`` it steps over the blocks that lie
-between the sinks and the span of the whole tile, so prefill costs the budget per query
-and not the context.
+Flash attention over a paged cache: one program serves one tile of query tokens of one row, with all
+query heads of one KV head packed into the tile, and walks tiles of tokens with an online softmax in
+fp32. Tokens are gathered through a vector of block ids, so the size of a KV block does not matter.
+With a ``SpanRule`` it steps over the tiles that lie between the sinks and the span of the whole
+tile of queries, so prefill costs the budget per query and not the context.
 
-The grid depends on shapes and ``batch.max_query_len`` only; lengths and rules stay on the
-device. Hidden tokens are masked at the load, so what their memory holds cannot matter.
+The grid depends on shapes and ``batch.max_query_len`` only; lengths and rules stay on the device.
+Hidden tokens are masked at the load, so what their memory holds cannot matter.
 
-Proven in Triton's interpreter; run on an H200 at commit fa7282f (docs/results.md).
+A tile is laid over blocks padded to a power of two: lane ``x`` is token ``x % BLOCK_PAD`` of the
+row's block ``x // BLOCK_PAD``.
+
+Proven in Triton's interpreter and compiled for sm_80 and sm_90 without a device; this version has
+not run on a GPU (its predecessor has: docs/results.md).
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attn_backends.batch import PagedBatch, SpanRule
+from attn_backends.ops import triton_support as support
 from attn_backends.ops.dispatch import OpContext
+from attn_backends.ops.triton_support import Launch
 
 if TYPE_CHECKING:
-    import triton
     import triton.language as tl
 
-MAX_BLOCK_SIZE = 128
-MAX_HEAD_SIZE = 128
-MAX_TILE_ROWS = 64  # (query token, query head) pairs of one program
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# (query token, query head) pairs of one program, and keys or values of one of its steps: more do not
+# fit into registers beside one another. Tensor cores do not take fp32.
+MAX_TILE_ROWS = 128
+MAX_TILE_ROWS_OF_WIDE_HEADS = 64
+MAX_TILE_ROWS_OF_FP32 = 32
+MAX_TILE_ELEMENTS = 8192
+WIDE_HEAD_SIZE = 129
 
 
 def run(
@@ -45,84 +52,91 @@ def run(
     """See ``api.py``."""
     if batch.num_reqs == 0 or batch.max_query_len == 0:
         return
-    kernel = _kernel()
-    _, num_kv_heads, block_size, head_size = key_cache.shape
-    group = query.shape[1] // num_kv_heads
-    # tl.dot needs 16 rows; more than the longest query fills would be idle.
-    wanted_rows = triton.next_power_of_2(min(batch.max_query_len * group, MAX_TILE_ROWS))
-    tile_rows = max(16, wanted_rows, triton.next_power_of_2(group))
-    num_tiles = triton.cdiv(batch.max_query_len, tile_rows // group)
-    interpreted = _interpreted()
     # The interpreter truncates when it converts to bf16; there, torch does the rounding.
-    target = out.float() if interpreted else out
-    spans = rule.values if rule else batch.block_table  # not read without a rule
-    kernel[(num_tiles, num_kv_heads, batch.num_reqs)](
-        query,
-        key_cache,
-        value_cache,
-        target,
-        batch.query_start_loc,
-        batch.seq_lens,
-        batch.block_table,
-        spans,
-        scale,
-        query.stride(0),
-        query.stride(1),
-        *key_cache.stride(),
-        *value_cache.stride(),
-        target.stride(0),
-        target.stride(1),
-        batch.block_table.stride(0),
-        *spans.stride()[:2],
-        GROUP=group,
-        HEAD_SIZE=head_size,
-        HEAD_PAD=max(16, triton.next_power_of_2(head_size)),
-        BLOCK_SIZE=block_size,
-        BLOCK_M=tile_rows,
-        BLOCK_N=max(16, triton.next_power_of_2(block_size)),
-        HAS_RULE=rule is not None,
-        UPCAST=interpreted,
-        # Two K and V tiles in flight fit into shared memory in 16 bit, not in fp32.
-        num_stages=1 if key_cache.dtype == torch.float32 else 2,
-        num_warps=4,
-    )
-    if interpreted:
+    target = out.float() if support.interpreted() else out
+    shared_bytes = support.shared_bytes_of(query)
+    kernels = _kernels()
+    for launch in launches(query, key_cache, value_cache, batch, rule, scale, target, shared_bytes):
+        launch.start(kernels)
+    if target is not out:
         out.copy_(target)
 
 
+def launches(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: PagedBatch,
+    rule: SpanRule | None,
+    scale: float,
+    out: torch.Tensor,
+    shared_bytes: int,
+) -> list[Launch]:
+    """What ``run`` launches on a card with that much shared memory; see ``api.py``."""
+    support.check_heads_are_contiguous(query, out)
+    _, num_kv_heads, block_size, head_size = key_cache.shape
+    group = query.shape[1] // num_kv_heads
+    head_pad, dtype = support.padded_head(head_size), key_cache.dtype
+    max_rows = MAX_TILE_ROWS_OF_WIDE_HEADS if head_size >= WIDE_HEAD_SIZE else MAX_TILE_ROWS
+    if dtype == torch.float32:
+        max_rows = MAX_TILE_ROWS_OF_FP32
+    # tl.dot needs 16 rows; more than the longest query fills would be idle.
+    wanted_rows = support.power_of_two(min(batch.max_query_len * group, max_rows))
+    tile_rows = max(16, wanted_rows, support.power_of_two(group))
+    num_tiles = -(-batch.max_query_len // (tile_rows // group))
+    query_bytes = tile_rows * head_pad * dtype.itemsize
+    tile = support.tile_of(head_size, dtype, 2, shared_bytes, query_bytes)
+    launch = Launch(
+        "_paged_attention_kernel",
+        (num_tiles, num_kv_heads, batch.num_reqs),
+        (
+            query,
+            key_cache,
+            value_cache,
+            out,
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.block_table,
+            batch.block_table if rule is None else rule.values,  # not read without a rule
+            scale,
+            query.stride(0),
+            out.stride(0),
+            batch.block_table.stride(0),
+        ),
+        {
+            "GROUP": group,
+            "HEAD_SIZE": head_size,
+            "HEAD_PAD": head_pad,
+            "BLOCK_SIZE": block_size,
+            "BLOCK_PAD": support.power_of_two(block_size),
+            **support.cache_strides(key_cache, value_cache),
+            "TILE_ROWS": tile_rows,
+            "TILE": min(tile.tokens, MAX_TILE_ELEMENTS // head_pad),
+            "HAS_RULE": rule is not None,
+            "UPCAST": support.interpreted(),
+        },
+        num_warps=8 if tile_rows > 64 or head_size >= WIDE_HEAD_SIZE else 4,
+        num_stages=tile.num_stages,
+    )
+    return [launch]
+
+
 def unsupported_reason(context: OpContext) -> str | None:
-    """Sizes that were tested, wherever Triton runs."""
-    if context.device_type == "cpu" and not _interpreted():
-        return "Triton does not run on CPU (TRITON_INTERPRET=1 runs its slow interpreter)"
-    layout = context.layout
-    if layout.head_size > MAX_HEAD_SIZE:
-        return f"head_size {layout.head_size} is more than {MAX_HEAD_SIZE}"
-    if layout.block_size > MAX_BLOCK_SIZE:
-        return f"block_size {layout.block_size} is more than {MAX_BLOCK_SIZE}"
-    if layout.dtype not in SUPPORTED_DTYPES:
-        return f"KV cache dtype {layout.dtype} is not one of bfloat16, float16, float32"
-    try:
-        _kernel()
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    return None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Head sizes and dtypes that were tested, wherever Triton runs."""
+    return support.unsupported_reason(context, _kernels)
 
 
 @functools.cache
-def _kernel() -> Any:
+def _kernels() -> dict[str, Any]:
     """The compiled kernel; the first call imports Triton, so that importing us does not.
 
-    Triton looks names up in the globals of the kernel, hence ``global``.
+    Triton looks names up in the globals of the kernels, hence ``global``.
     """
-    global triton, tl
+    global tl
     import triton
     import triton.language as tl
 
-    return triton.jit(_paged_attention_kernel)
+    return {"_paged_attention_kernel": triton.jit(_paged_attention_kernel)}
 
 
 def _paged_attention_kernel(
@@ -136,56 +150,51 @@ def _paged_attention_kernel(
     spans_ptr,
     scale,
     stride_query_token,
-    stride_query_head,
-    stride_key_block,
-    stride_key_head,
-    stride_key_token,
-    stride_key_dim,
-    stride_value_block,
-    stride_value_head,
-    stride_value_token,
-    stride_value_dim,
     stride_out_token,
-    stride_out_head,
     stride_table_row,
-    stride_span_row,
-    stride_span_head,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
+    STRIDE_KEY_BLOCK: tl.constexpr,
+    STRIDE_KEY_HEAD: tl.constexpr,
+    STRIDE_KEY_TOKEN: tl.constexpr,
+    STRIDE_KEY_DIM: tl.constexpr,
+    STRIDE_VALUE_BLOCK: tl.constexpr,
+    STRIDE_VALUE_HEAD: tl.constexpr,
+    STRIDE_VALUE_TOKEN: tl.constexpr,
+    STRIDE_VALUE_DIM: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE: tl.constexpr,
     HAS_RULE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    TILE_QUERIES: tl.constexpr = BLOCK_M // GROUP
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    row = tl.program_id(2)
+    TILE_QUERIES: tl.constexpr = TILE_ROWS // GROUP
+    kv_head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     first_token = tl.load(query_start_loc_ptr + row)
     query_len = tl.load(query_start_loc_ptr + row + 1) - first_token
-    first_query = tile * TILE_QUERIES
+    first_query = tl.program_id(0) * TILE_QUERIES
     if first_query >= query_len:
         return
     seq_len = tl.load(seq_lens_ptr + row)
 
-    tile_rows = tl.arange(0, BLOCK_M)
-    queries = first_query + tile_rows // GROUP  # [BLOCK_M], index within the row's queries
-    query_heads = kv_head * GROUP + tile_rows % GROUP  # [BLOCK_M]
-    # BLOCK_M need not be a multiple of GROUP: the last BLOCK_M % GROUP rows stay idle.
+    tile_rows = tl.arange(0, TILE_ROWS)
+    queries = first_query + tile_rows // GROUP  # [TILE_ROWS], index within the row's queries
+    query_heads = kv_head * GROUP + tile_rows % GROUP  # [TILE_ROWS]
+    # TILE_ROWS need not be a multiple of GROUP: the last TILE_ROWS % GROUP rows stay idle.
     row_mask = (tile_rows < TILE_QUERIES * GROUP) & (queries < query_len)
-    positions = seq_len - query_len + queries  # [BLOCK_M]
+    positions = seq_len - query_len + queries  # [TILE_ROWS]
     first_position = seq_len - query_len + first_query
     last_position = tl.minimum(first_position + TILE_QUERIES, seq_len) - 1
 
     dims = tl.arange(0, HEAD_PAD)
     dim_mask = dims < HEAD_SIZE
     query_tokens = (first_token + queries).to(tl.int64)
-    query_tile = tl.load(  # [BLOCK_M, HEAD_PAD]
+    query_tile = tl.load(  # [TILE_ROWS, HEAD_PAD]
         query_ptr
-        + query_tokens[:, None] * stride_query_token
-        + query_heads[:, None] * stride_query_head
+        + (query_tokens * stride_query_token + query_heads * HEAD_SIZE)[:, None]
         + dims[None, :],
         mask=row_mask[:, None] & dim_mask[None, :],
         other=0.0,
@@ -193,60 +202,64 @@ def _paged_attention_kernel(
     if UPCAST:  # the interpreter's bf16 dot is wrong
         query_tile = query_tile.to(tl.float32)
 
-    num_steps = (last_position + BLOCK_SIZE) // BLOCK_SIZE
+    last_lane = last_position // BLOCK_SIZE * BLOCK_PAD + last_position % BLOCK_SIZE
+    num_steps = last_lane // TILE + 1
     if HAS_RULE:
-        span_ptr = spans_ptr + row * stride_span_row + kv_head * stride_span_head
+        span_ptr = spans_ptr + (row * tl.num_programs(1) + kv_head) * 4
         sink_tokens = tl.load(span_ptr)
         floor_tokens = tl.load(span_ptr + 1)
         alpha_tokens = tl.load(span_ptr + 2)
         beta_64ths = tl.load(span_ptr + 3)
         elastic = alpha_tokens + beta_64ths * (positions + 1) // 64
-        first_seen = positions + 1 - tl.maximum(floor_tokens, elastic)  # [BLOCK_M], sinks apart
+        first_seen = positions + 1 - tl.maximum(floor_tokens, elastic)  # [TILE_ROWS], sinks apart
         # What a query sees first never falls, so the tile's first query bounds the gap: what
         # lies between the sinks and its span is hidden from every query of the tile.
         elastic = alpha_tokens + beta_64ths * (first_position + 1) // 64
         tile_first_seen = first_position + 1 - tl.maximum(floor_tokens, elastic)
-        window_block = tl.maximum(tile_first_seen, 0) // BLOCK_SIZE
-        num_sink_blocks = tl.minimum((sink_tokens + BLOCK_SIZE - 1) // BLOCK_SIZE, num_steps)
-        gap = tl.maximum(window_block - num_sink_blocks, 0)
+        window_begin = tl.maximum(tile_first_seen, 0)
+        window_lane = window_begin // BLOCK_SIZE * BLOCK_PAD + window_begin % BLOCK_SIZE
+        # No more sinks than the tile's queries see, or the product could overflow.
+        seen_sinks = tl.minimum(sink_tokens, last_position + 1)
+        sinks_end = seen_sinks // BLOCK_SIZE * BLOCK_PAD + seen_sinks % BLOCK_SIZE
+        num_sink_steps = tl.minimum((sinks_end + TILE - 1) // TILE, num_steps)
+        gap = tl.maximum(window_lane // TILE - num_sink_steps, 0)
         num_steps -= gap
 
-    running_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_M, HEAD_PAD], dtype=tl.float32)
-    offsets = tl.arange(0, BLOCK_N)
+    running_max = tl.full([TILE_ROWS], float("-inf"), dtype=tl.float32)
+    running_sum = tl.zeros([TILE_ROWS], dtype=tl.float32)
+    acc = tl.zeros([TILE_ROWS, HEAD_PAD], dtype=tl.float32)
+    lanes = tl.arange(0, TILE)
+    table_row_ptr = block_table_ptr + row * stride_table_row
+    key_head_ptr = key_ptr + kv_head * STRIDE_KEY_HEAD
+    value_head_ptr = value_ptr + kv_head * STRIDE_VALUE_HEAD
     for step in range(0, num_steps):
-        logical_block = step
+        tile = step
         if HAS_RULE:
-            logical_block = tl.where(step < num_sink_blocks, step, step + gap)
-        tokens = logical_block * BLOCK_SIZE + offsets  # [BLOCK_N]
+            tile = tl.where(step < num_sink_steps, step, step + gap)
+        blocks = (tile * TILE + lanes) // BLOCK_PAD  # [TILE]
+        offsets = (tile * TILE + lanes) % BLOCK_PAD
+        tokens = blocks * BLOCK_SIZE + offsets
         # Loaded is what at least one query of the tile sees: 0 * NaN would be NaN.
         token_mask = (offsets < BLOCK_SIZE) & (tokens <= last_position)
-        visible = tokens[None, :] <= positions[:, None]  # [BLOCK_M, BLOCK_N]
+        visible = tokens[None, :] <= positions[:, None]  # [TILE_ROWS, TILE]
         if HAS_RULE:
             is_sink = tokens < sink_tokens
             token_mask = token_mask & (is_sink | (tokens >= tile_first_seen))
             visible = visible & (is_sink[None, :] | (tokens[None, :] >= first_seen[:, None]))
         visible = visible & token_mask[None, :]
 
-        physical_block = tl.load(
-            block_table_ptr + row.to(tl.int64) * stride_table_row + logical_block
-        ).to(tl.int64)
-        key_tile = tl.load(  # [HEAD_PAD, BLOCK_N]
-            key_ptr
-            + physical_block * stride_key_block
-            + kv_head * stride_key_head
-            + dims[:, None] * stride_key_dim
-            + offsets[None, :] * stride_key_token,
+        physical_blocks = tl.load(table_row_ptr + blocks, mask=token_mask, other=0).to(tl.int64)
+        key_tile = tl.load(  # [HEAD_PAD, TILE]
+            key_head_ptr
+            + (physical_blocks * STRIDE_KEY_BLOCK + offsets * STRIDE_KEY_TOKEN)[None, :]
+            + dims[:, None] * STRIDE_KEY_DIM,
             mask=dim_mask[:, None] & token_mask[None, :],
             other=0.0,
         )
-        value_tile = tl.load(  # [BLOCK_N, HEAD_PAD]
-            value_ptr
-            + physical_block * stride_value_block
-            + kv_head * stride_value_head
-            + offsets[:, None] * stride_value_token
-            + dims[None, :] * stride_value_dim,
+        value_tile = tl.load(  # [TILE, HEAD_PAD]
+            value_head_ptr
+            + (physical_blocks * STRIDE_VALUE_BLOCK + offsets * STRIDE_VALUE_TOKEN)[:, None]
+            + dims[None, :] * STRIDE_VALUE_DIM,
             mask=token_mask[:, None] & dim_mask[None, :],
             other=0.0,
         )
@@ -255,7 +268,7 @@ def _paged_attention_kernel(
             value_tile = value_tile.to(tl.float32)
 
         logits = tl.dot(query_tile, key_tile, input_precision="ieee") * scale
-        logits = tl.where(visible, logits, float("-inf"))  # [BLOCK_M, BLOCK_N]
+        logits = tl.where(visible, logits, float("-inf"))  # [TILE_ROWS, TILE]
         new_max = tl.maximum(running_max, tl.max(logits, axis=1))
         # A query that has seen nothing yet has -inf here, and -inf - -inf is NaN.
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -270,8 +283,7 @@ def _paged_attention_kernel(
     result = acc / tl.where(running_sum == 0.0, 1.0, running_sum)[:, None]
     tl.store(
         out_ptr
-        + query_tokens[:, None] * stride_out_token
-        + query_heads[:, None] * stride_out_head
+        + (query_tokens * stride_out_token + query_heads * HEAD_SIZE)[:, None]
         + dims[None, :],
         result.to(out_ptr.dtype.element_ty),
         mask=row_mask[:, None] & dim_mask[None, :],

@@ -29,6 +29,7 @@ def run(
         batch.seq_lens,
         selection.logical_blocks,
         selection.counts,
+        selection.heads,
         None if rule is None else rule.values,
         scale,
         out,

@@ -25,8 +25,9 @@ def run(
     for row in range(batch.num_reqs):
         seq_len = int(batch.seq_lens[row])
         for head in range(num_kv_heads):
-            count = int(selection.counts[row, head])
-            logical_blocks = selection.logical_blocks[row, head, :count].long()
+            source = head if selection.heads is None else int(selection.heads[head])
+            count = int(selection.counts[row, source])
+            logical_blocks = selection.logical_blocks[row, source, :count].long()
             physical_blocks = batch.block_table[row, logical_blocks].long()
             tokens = (logical_blocks[:, None] * block_size + offsets).flatten()
             visible = tokens < seq_len

@@ -1,38 +1,42 @@
 """Triton implementation of ``sparse_decode``.
 
-Split-KV decoding in two kernels. The first runs one program per (row, KV head, split of
-the row's selected blocks); all query heads of the KV head share the loaded tiles, and the
-split's maximum, sum and unnormalised output go to an fp32 workspace. The second merges
-the splits of a (row, query head) in one fixed-shape reduction.
+Split-KV decoding. One program serves splits of one (row, KV head): it walks tiles of tokens that
+it gathers through a vector of block ids, selection -> logical -> physical, so the size of a KV
+block does not matter. All query heads of the KV head share the loaded tiles. A row of one split is
+finished there; of others, maximum, sum and unnormalised output of each split go to an fp32
+workspace, and a second launch merges the splits of a (row, query head) in a fixed order.
 
-How a row is split and merged depends on its own number of selected blocks alone, so a
-request's bits do not depend on its neighbours. The grids depend on shapes alone; counts
-and lengths stay on the device, where programs without work leave early. Hidden tokens
-are masked at the load, so what their memory holds cannot matter.
+How a row is split and merged depends on its own number of selected blocks alone, so a request's
+bits do not depend on its neighbours. The grids depend on shapes alone; counts and lengths stay on
+the device, where programs without work leave early. Hidden tokens are masked at the load, so what
+their memory holds cannot matter.
 
-Proven in Triton's interpreter; run on an H200 at commit fa7282f (docs/results.md).
+A tile is laid over blocks padded to a power of two: lane ``x`` is token ``x % BLOCK_PAD`` of the
+selection's entry ``x // BLOCK_PAD``.
+
+Proven in Triton's interpreter and compiled for sm_80 and sm_90 without a device; this version has
+not run on a GPU (its predecessor has: docs/results.md).
 """
 
 from __future__ import annotations
 
 import functools
-import os
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
+from attn_backends.ops import triton_support as support
 from attn_backends.ops.dispatch import OpContext
+from attn_backends.ops.triton_support import Launch, Tile
 
 if TYPE_CHECKING:
-    import triton
     import triton.language as tl
 
-MAX_BLOCK_SIZE = 128
-MAX_HEAD_SIZE = 128
-MAX_SPLITS = 32  # bounds the workspace and fixes the shape of the merge
-MIN_SPLIT_TOKENS = 256  # below that, a program's start costs more than its loads
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_SPLITS = 64  # bounds the workspace and fixes the shape of the merge
+MERGED_AT_ONCE = 16  # splits
 
 
 def run(
@@ -48,165 +52,202 @@ def run(
     """See ``api.py``."""
     if batch.num_reqs == 0:
         return
-    partial_kernel, merge_kernel = _kernels()
-    _, num_kv_heads, block_size, head_size = key_cache.shape
-    num_query_heads = query.shape[1]
-    group = num_query_heads // num_kv_heads
-    min_split_blocks = max(1, MIN_SPLIT_TOKENS // block_size)
-    max_selected = selection.logical_blocks.shape[2]
-    num_splits = min(MAX_SPLITS, triton.cdiv(max_selected, min_split_blocks))
-    partials = (batch.num_reqs, num_query_heads, num_splits)
-    partial_out = query.new_empty((*partials, head_size), dtype=torch.float32)
-    partial_max = query.new_empty(partials, dtype=torch.float32)
-    partial_sum = query.new_empty(partials, dtype=torch.float32)
-    interpreted = _interpreted()
-    spans = rule.values if rule else selection.counts  # not read without a rule
-    sizes = {
-        "GROUP": group,
-        "HEAD_SIZE": head_size,
-        "HEAD_PAD": max(16, triton.next_power_of_2(head_size)),
-        "MIN_SPLIT_BLOCKS": min_split_blocks,
-        "MAX_SPLITS": MAX_SPLITS,
-        "num_warps": 4,
-    }
-    partial_kernel[(batch.num_reqs, num_kv_heads, num_splits)](
-        query,
-        key_cache,
-        value_cache,
-        partial_out,
-        partial_max,
-        partial_sum,
-        batch.seq_lens,
-        batch.block_table,
-        selection.logical_blocks,
-        selection.counts,
-        spans,
-        scale,
-        query.stride(0),
-        query.stride(1),
-        *key_cache.stride(),
-        *value_cache.stride(),
-        partial_sum.stride(0),
-        partial_sum.stride(1),
-        batch.block_table.stride(0),
-        *selection.logical_blocks.stride()[:2],
-        *selection.counts.stride(),
-        *spans.stride()[:2],
-        GROUP_PAD=max(16, triton.next_power_of_2(group)),  # tl.dot needs 16 rows
-        BLOCK_SIZE=block_size,
-        BLOCK_N=max(16, triton.next_power_of_2(block_size)),
-        HAS_RULE=rule is not None,
-        UPCAST=interpreted,
-        # Two K and V tiles in flight fit into shared memory in 16 bit, not in fp32.
-        num_stages=1 if key_cache.dtype == torch.float32 else 2,
-        **sizes,
-    )
     # The interpreter truncates when it converts to bf16; there, torch does the rounding.
-    target = out.float() if interpreted else out
-    merge_kernel[(batch.num_reqs, num_query_heads)](
-        partial_out,
-        partial_max,
-        partial_sum,
-        target,
-        selection.counts,
-        partial_sum.stride(0),
-        partial_sum.stride(1),
-        *selection.counts.stride(),
-        target.stride(0),
-        target.stride(1),
-        **sizes,
-    )
-    if interpreted:
+    target = out.float() if support.interpreted() else out
+    shared_bytes = support.shared_bytes_of(query)
+    kernels = _kernels()
+    for launch in launches(
+        query, key_cache, value_cache, batch, selection, rule, scale, target, shared_bytes
+    ):
+        launch.start(kernels)
+    if target is not out:
         out.copy_(target)
 
 
+def launches(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: PagedBatch,
+    selection: BlockSelection,
+    rule: SpanRule | None,
+    scale: float,
+    out: torch.Tensor,
+    shared_bytes: int,
+) -> Iterator[Launch]:
+    """What ``run`` launches on a card with that much shared memory; see ``api.py``."""
+    support.check_heads_are_contiguous(query, out)
+    block_size, head_size = key_cache.shape[2:]
+    tile = support.tile_of(head_size, key_cache.dtype, 2, shared_bytes)
+    width = selection.logical_blocks.shape[2]
+    num_tiles = -(-width * support.power_of_two(block_size) // tile.tokens)
+    num_splits = min(MAX_SPLITS, num_tiles)
+    # Output and two numbers of each split; nothing where every row has one.
+    row_bytes = 4 * query.shape[1] * num_splits * (head_size + 2) if num_splits > 1 else 0
+    at_once = support.rows_at_once(batch.num_reqs, row_bytes)
+    caches = (key_cache, value_cache)
+    if at_once == batch.num_reqs:
+        yield from _launches_of_rows(
+            query, caches, batch, selection, rule, scale, out, tile, num_splits
+        )
+        return
+    for first in range(0, batch.num_reqs, at_once):
+        last = min(first + at_once, batch.num_reqs)
+        blocks, counts = selection.logical_blocks[first:last], selection.counts[first:last]
+        yield from launches(
+            query[first:last],
+            *caches,
+            support.rows_of(batch, first, last),
+            replace(selection, logical_blocks=blocks, counts=counts),
+            None if rule is None else rule.rows(first, last),
+            scale,
+            out[first:last],
+            shared_bytes,
+        )
+
+
+def _launches_of_rows(
+    query: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    batch: PagedBatch,
+    selection: BlockSelection,
+    rule: SpanRule | None,
+    scale: float,
+    out: torch.Tensor,
+    tile: Tile,
+    num_splits: int,
+) -> Iterator[Launch]:
+    """Rows whose workspace stays within its limit."""
+    _, num_kv_heads, block_size, head_size = caches[0].shape
+    num_query_heads = query.shape[1]
+    group = num_query_heads // num_kv_heads
+    blocks, counts, heads = selection.logical_blocks, selection.counts, selection.heads
+    num_partials = batch.num_reqs * num_query_heads * num_splits if num_splits > 1 else 1
+    partials = query.new_empty(num_partials * (head_size + 2), dtype=torch.float32)
+    sizes = {
+        "GROUP": group,
+        "BLOCK_PAD": support.power_of_two(block_size),
+        "HEAD_SIZE": head_size,
+        "HEAD_PAD": support.padded_head(head_size),
+        "TILE": tile.tokens,
+        "MAX_SPLITS": MAX_SPLITS,
+        "STRIDE_COUNT_ROW": counts.stride(0),
+        "HAS_HEADS": heads is not None,
+    }
+    heads = counts if heads is None else heads  # not read without a map
+    per_head = support.programs_per_head(num_splits, batch.num_reqs * num_kv_heads)
+    yield Launch(
+        "_split_kernel",
+        (batch.num_reqs, num_kv_heads, per_head),
+        (
+            query,
+            *caches,
+            out,
+            partials,
+            batch.seq_lens,
+            batch.block_table,
+            blocks,
+            counts,
+            heads,
+            counts if rule is None else rule.values,  # not read without a rule
+            scale,
+            query.stride(0),
+            out.stride(0),
+            batch.block_table.stride(0),
+            *blocks.stride()[:2],
+            num_splits,
+        ),
+        {
+            **sizes,
+            "GROUP_PAD": max(16, support.power_of_two(group)),  # tl.dot needs 16 rows
+            "BLOCK_SIZE": block_size,
+            **support.cache_strides(*caches),
+            "HAS_RULE": rule is not None,
+            "UPCAST": support.interpreted(),
+        },
+        num_stages=tile.num_stages,
+    )
+    if num_splits > 1:
+        yield Launch(
+            "_merge_kernel",
+            (batch.num_reqs, num_query_heads),
+            (partials, out, counts, heads, out.stride(0), num_splits),
+            {**sizes, "AT_ONCE": MERGED_AT_ONCE},
+        )
+
+
 def unsupported_reason(context: OpContext) -> str | None:
-    """Sizes that were tested, wherever Triton runs."""
-    if context.device_type == "cpu" and not _interpreted():
-        return "Triton does not run on CPU (TRITON_INTERPRET=1 runs its slow interpreter)"
-    layout = context.layout
-    if layout.head_size > MAX_HEAD_SIZE:
-        return f"head_size {layout.head_size} is more than {MAX_HEAD_SIZE}"
-    if layout.block_size > MAX_BLOCK_SIZE:
-        return f"block_size {layout.block_size} is more than {MAX_BLOCK_SIZE}"
-    if layout.dtype not in SUPPORTED_DTYPES:
-        return f"KV cache dtype {layout.dtype} is not one of bfloat16, float16, float32"
-    try:
-        _kernels()
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    return None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Head sizes and dtypes that were tested, wherever Triton runs."""
+    return support.unsupported_reason(context, _kernels)
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any]:
-    """Both compiled kernels; the first call imports Triton, so that importing us does not.
+def _kernels() -> dict[str, Any]:
+    """The compiled kernels; the first call imports Triton, so that importing us does not.
 
-    Triton looks names up in the globals of the kernels, hence ``global``.
+    Triton looks names up in the globals of the kernels, hence ``global``. It must not compile
+    anew for another number of splits: bits would depend on the batch.
     """
-    global triton, tl
+    global tl
     import triton
     import triton.language as tl
 
-    return triton.jit(_partial_kernel), triton.jit(_merge_kernel)
+    jit = functools.partial(triton.jit, do_not_specialize=["num_splits"])
+    return {kernel.__name__: jit(kernel) for kernel in (_split_kernel, _merge_kernel)}
 
 
-def _partial_kernel(
+def _split_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    partial_out_ptr,
-    partial_max_ptr,
-    partial_sum_ptr,
+    out_ptr,
+    partials_ptr,
     seq_lens_ptr,
     block_table_ptr,
     logical_blocks_ptr,
     counts_ptr,
+    heads_ptr,
     spans_ptr,
     scale,
     stride_query_row,
-    stride_query_head,
-    stride_key_block,
-    stride_key_head,
-    stride_key_token,
-    stride_key_dim,
-    stride_value_block,
-    stride_value_head,
-    stride_value_token,
-    stride_value_dim,
-    stride_partial_row,
-    stride_partial_head,
+    stride_out_row,
     stride_table_row,
     stride_logical_row,
     stride_logical_head,
-    stride_count_row,
-    stride_count_head,
-    stride_span_row,
-    stride_span_head,
+    num_splits,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_SPLIT_BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    STRIDE_COUNT_ROW: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    STRIDE_KEY_BLOCK: tl.constexpr,
+    STRIDE_KEY_HEAD: tl.constexpr,
+    STRIDE_KEY_TOKEN: tl.constexpr,
+    STRIDE_KEY_DIM: tl.constexpr,
+    STRIDE_VALUE_BLOCK: tl.constexpr,
+    STRIDE_VALUE_HEAD: tl.constexpr,
+    STRIDE_VALUE_TOKEN: tl.constexpr,
+    STRIDE_VALUE_DIM: tl.constexpr,
     HAS_RULE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     # Rows times blocks, heads or splits overflow int32 in large caches.
     row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    count = tl.load(counts_ptr + row * stride_count_row + kv_head * stride_count_head)
-    split_blocks = tl.maximum((count + MAX_SPLITS - 1) // MAX_SPLITS, MIN_SPLIT_BLOCKS)
-    first = split * split_blocks
-    last = tl.minimum(first + split_blocks, count)
-    if first >= last:
+    kv_head = tl.program_id(1).to(tl.int64)
+    selection_head = kv_head
+    if HAS_HEADS:
+        selection_head = tl.load(heads_ptr + kv_head).to(tl.int64)
+    count = tl.load(counts_ptr + row * STRIDE_COUNT_ROW + selection_head)
+    num_tiles = (count * BLOCK_PAD + TILE - 1) // TILE
+    split_tiles = tl.maximum((num_tiles + MAX_SPLITS - 1) // MAX_SPLITS, 1)
+    # A row without blocks, as in padded batches, has one empty split: it gives zeros.
+    row_splits = tl.maximum((num_tiles + split_tiles - 1) // split_tiles, 1)
+    if tl.program_id(2) >= row_splits:
         return
     seq_len = tl.load(seq_lens_ptr + row)
 
@@ -215,128 +256,153 @@ def _partial_kernel(
     query_heads = kv_head * GROUP + group_rows  # [GROUP_PAD]
     dims = tl.arange(0, HEAD_PAD)
     dim_mask = dims < HEAD_SIZE
+    head_mask = group_mask[:, None] & dim_mask[None, :]
     query_tile = tl.load(  # [GROUP_PAD, HEAD_PAD]
-        query_ptr
-        + row * stride_query_row
-        + query_heads[:, None] * stride_query_head
-        + dims[None, :],
-        mask=group_mask[:, None] & dim_mask[None, :],
+        query_ptr + row * stride_query_row + query_heads[:, None] * HEAD_SIZE + dims[None, :],
+        mask=head_mask,
         other=0.0,
     )
     if UPCAST:  # the interpreter's bf16 dot is wrong
         query_tile = query_tile.to(tl.float32)
     if HAS_RULE:
-        span_ptr = spans_ptr + row * stride_span_row + kv_head * stride_span_head
+        span_ptr = spans_ptr + (row * tl.num_programs(1) + kv_head) * 4
         sink_tokens = tl.load(span_ptr)
         elastic = tl.load(span_ptr + 2) + tl.load(span_ptr + 3) * seq_len // 64
         first_seen = seq_len - tl.maximum(tl.load(span_ptr + 1), elastic)  # sinks apart
 
-    running_max = tl.full([GROUP_PAD], float("-inf"), dtype=tl.float32)
-    running_sum = tl.zeros([GROUP_PAD], dtype=tl.float32)
-    acc = tl.zeros([GROUP_PAD, HEAD_PAD], dtype=tl.float32)
-    offsets = tl.arange(0, BLOCK_N)
-    logical_row_ptr = logical_blocks_ptr + row * stride_logical_row + kv_head * stride_logical_head
-    for index in range(first, last):
-        logical_block = tl.load(logical_row_ptr + index)
-        physical_block = tl.load(block_table_ptr + row * stride_table_row + logical_block).to(
-            tl.int64
-        )
-        tokens = logical_block * BLOCK_SIZE + offsets  # [BLOCK_N]
-        # Masked at the load and not only in the logits: 0 * NaN would be NaN.
-        token_mask = (offsets < BLOCK_SIZE) & (tokens < seq_len)
-        if HAS_RULE:
-            token_mask = token_mask & ((tokens < sink_tokens) | (tokens >= first_seen))
-        key_tile = tl.load(  # [HEAD_PAD, BLOCK_N]
-            key_ptr
-            + physical_block * stride_key_block
-            + kv_head * stride_key_head
-            + dims[:, None] * stride_key_dim
-            + offsets[None, :] * stride_key_token,
-            mask=dim_mask[:, None] & token_mask[None, :],
-            other=0.0,
-        )
-        value_tile = tl.load(  # [BLOCK_N, HEAD_PAD]
-            value_ptr
-            + physical_block * stride_value_block
-            + kv_head * stride_value_head
-            + offsets[:, None] * stride_value_token
-            + dims[None, :] * stride_value_dim,
-            mask=token_mask[:, None] & dim_mask[None, :],
-            other=0.0,
-        )
-        if UPCAST:
-            key_tile = key_tile.to(tl.float32)
-            value_tile = value_tile.to(tl.float32)
-
-        logits = tl.dot(query_tile, key_tile, input_precision="ieee") * scale
-        logits = tl.where(token_mask[None, :], logits, float("-inf"))  # [GROUP_PAD, BLOCK_N]
-        new_max = tl.maximum(running_max, tl.max(logits, axis=1))
-        # While the rule has hidden everything so far this is -inf, and -inf - -inf is NaN.
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp(logits - safe_max[:, None])
-        rescale = tl.exp(running_max - safe_max)
-        running_sum = running_sum * rescale + tl.sum(weights, axis=1)
-        acc = acc * rescale[:, None]
-        acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc, input_precision="ieee")
-        running_max = new_max
-
-    # [GROUP_PAD], index into [num_reqs, num_query_heads, num_splits]
-    partials = row * stride_partial_row + query_heads * stride_partial_head + split
-    tl.store(partial_max_ptr + partials, running_max, mask=group_mask)
-    tl.store(partial_sum_ptr + partials, running_sum, mask=group_mask)
-    tl.store(
-        partial_out_ptr + partials[:, None] * HEAD_SIZE + dims[None, :],
-        acc,
-        mask=group_mask[:, None] & dim_mask[None, :],
+    lanes = tl.arange(0, TILE)
+    table_row_ptr = block_table_ptr + row * stride_table_row
+    logical_row_ptr = (
+        logical_blocks_ptr + row * stride_logical_row + selection_head * stride_logical_head
     )
+    key_head_ptr = key_ptr + kv_head * STRIDE_KEY_HEAD
+    value_head_ptr = value_ptr + kv_head * STRIDE_VALUE_HEAD
+    for split in range(tl.program_id(2), row_splits, tl.num_programs(2)):
+        running_max = tl.full([GROUP_PAD], float("-inf"), dtype=tl.float32)
+        running_sum = tl.zeros([GROUP_PAD], dtype=tl.float32)
+        acc = tl.zeros([GROUP_PAD, HEAD_PAD], dtype=tl.float32)
+        first = split * split_tiles
+        for tile in range(first, tl.minimum(first + split_tiles, num_tiles)):
+            entries = (tile * TILE + lanes) // BLOCK_PAD  # [TILE]
+            offsets = (tile * TILE + lanes) % BLOCK_PAD
+            token_mask = entries < count
+            logical_blocks = tl.load(logical_row_ptr + entries, mask=token_mask, other=0)
+            physical_blocks = tl.load(table_row_ptr + logical_blocks, mask=token_mask, other=0).to(
+                tl.int64
+            )
+            tokens = logical_blocks * BLOCK_SIZE + offsets
+            # Masked at the load and not only in the logits: 0 * NaN would be NaN.
+            token_mask = token_mask & (offsets < BLOCK_SIZE) & (tokens < seq_len)
+            if HAS_RULE:
+                token_mask = token_mask & ((tokens < sink_tokens) | (tokens >= first_seen))
+            key_tile = tl.load(  # [HEAD_PAD, TILE]
+                key_head_ptr
+                + (physical_blocks * STRIDE_KEY_BLOCK + offsets * STRIDE_KEY_TOKEN)[None, :]
+                + dims[:, None] * STRIDE_KEY_DIM,
+                mask=dim_mask[:, None] & token_mask[None, :],
+                other=0.0,
+            )
+            value_tile = tl.load(  # [TILE, HEAD_PAD]
+                value_head_ptr
+                + (physical_blocks * STRIDE_VALUE_BLOCK + offsets * STRIDE_VALUE_TOKEN)[:, None]
+                + dims[None, :] * STRIDE_VALUE_DIM,
+                mask=token_mask[:, None] & dim_mask[None, :],
+                other=0.0,
+            )
+            if UPCAST:
+                key_tile = key_tile.to(tl.float32)
+                value_tile = value_tile.to(tl.float32)
+
+            logits = tl.dot(query_tile, key_tile, input_precision="ieee") * scale
+            logits = tl.where(token_mask[None, :], logits, float("-inf"))  # [GROUP_PAD, TILE]
+            new_max = tl.maximum(running_max, tl.max(logits, axis=1))
+            # While the rule has hidden everything so far this is -inf, and -inf - -inf is NaN.
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weights = tl.exp(logits - safe_max[:, None])
+            rescale = tl.exp(running_max - safe_max)
+            running_sum = running_sum * rescale + tl.sum(weights, axis=1)
+            acc = acc * rescale[:, None]
+            acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc, input_precision="ieee")
+            running_max = new_max
+
+        if row_splits == 1:
+            result = acc / tl.where(running_sum == 0.0, 1.0, running_sum)[:, None]
+            tl.store(
+                out_ptr + row * stride_out_row + query_heads[:, None] * HEAD_SIZE + dims[None, :],
+                result.to(out_ptr.dtype.element_ty),
+                mask=head_mask,
+            )
+        else:
+            # Outputs [num_reqs, num_query_heads, num_splits, HEAD_SIZE], then maxima and sums.
+            num_query_heads = tl.num_programs(1) * GROUP
+            partials = (row * num_query_heads + query_heads) * num_splits + split  # [GROUP_PAD]
+            stats_ptr = partials_ptr + tl.num_programs(0).to(tl.int64) * (
+                num_query_heads * num_splits * HEAD_SIZE
+            )
+            tl.store(stats_ptr + partials * 2, running_max, mask=group_mask)
+            tl.store(stats_ptr + partials * 2 + 1, running_sum, mask=group_mask)
+            tl.store(
+                partials_ptr + partials[:, None] * HEAD_SIZE + dims[None, :], acc, mask=head_mask
+            )
 
 
 def _merge_kernel(
-    partial_out_ptr,
-    partial_max_ptr,
-    partial_sum_ptr,
+    partials_ptr,
     out_ptr,
     counts_ptr,
-    stride_partial_row,
-    stride_partial_head,
-    stride_count_row,
-    stride_count_head,
+    heads_ptr,
     stride_out_row,
-    stride_out_head,
+    num_splits,
     GROUP: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
-    MIN_SPLIT_BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    STRIDE_COUNT_ROW: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     query_head = tl.program_id(1)
-    kv_head = query_head // GROUP
-    count = tl.load(counts_ptr + row * stride_count_row + kv_head * stride_count_head)
-    split_blocks = tl.maximum((count + MAX_SPLITS - 1) // MAX_SPLITS, MIN_SPLIT_BLOCKS)
-    num_splits = (count + split_blocks - 1) // split_blocks
+    selection_head = (query_head // GROUP).to(tl.int64)
+    if HAS_HEADS:
+        selection_head = tl.load(heads_ptr + selection_head).to(tl.int64)
+    count = tl.load(counts_ptr + row * STRIDE_COUNT_ROW + selection_head)
+    num_tiles = (count * BLOCK_PAD + TILE - 1) // TILE
+    split_tiles = tl.maximum((num_tiles + MAX_SPLITS - 1) // MAX_SPLITS, 1)
+    row_splits = (num_tiles + split_tiles - 1) // split_tiles
+    if row_splits <= 1:  # its only program has written the output
+        return
 
+    first = (row * tl.num_programs(1) + query_head) * num_splits
+    stats_ptr = partials_ptr + tl.num_programs(0).to(tl.int64) * (
+        tl.num_programs(1) * num_splits * HEAD_SIZE
+    )
     # Always MAX_SPLITS wide: the order of summation must not follow the batch's width.
     splits = tl.arange(0, MAX_SPLITS)
-    split_mask = splits < num_splits
+    split_mask = splits < row_splits
+    maxima = tl.load(stats_ptr + (first + splits) * 2, mask=split_mask, other=float("-inf"))
+    sums = tl.load(stats_ptr + (first + splits) * 2 + 1, mask=split_mask, other=0.0)
+    row_max = tl.max(maxima, axis=0)
+    safe_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    total = tl.sum(sums * tl.exp(maxima - safe_max), axis=0)
     dims = tl.arange(0, HEAD_PAD)
     dim_mask = dims < HEAD_SIZE
-    partials = row * stride_partial_row + query_head * stride_partial_head + splits
-    maxima = tl.load(partial_max_ptr + partials, mask=split_mask, other=float("-inf"))
-    sums = tl.load(partial_sum_ptr + partials, mask=split_mask, other=0.0)
-    outs = tl.load(  # [MAX_SPLITS, HEAD_PAD]
-        partial_out_ptr + partials[:, None] * HEAD_SIZE + dims[None, :],
-        mask=split_mask[:, None] & dim_mask[None, :],
-        other=0.0,
-    )
-    row_max = tl.max(maxima, axis=0)
-    # A row without any block, as in padded batches, gives zeros as in the reference.
-    safe_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-    rescale = tl.exp(maxima - safe_max)  # [MAX_SPLITS]
-    total = tl.sum(sums * rescale, axis=0)
-    result = tl.sum(outs * rescale[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    acc = tl.zeros([HEAD_PAD], dtype=tl.float32)
+    for start in range(0, row_splits, AT_ONCE):
+        some = start + tl.arange(0, AT_ONCE)
+        some_mask = some < row_splits
+        some_max = tl.load(stats_ptr + (first + some) * 2, mask=some_mask, other=float("-inf"))
+        outs = tl.load(  # [AT_ONCE, HEAD_PAD]
+            partials_ptr + (first + some)[:, None] * HEAD_SIZE + dims[None, :],
+            mask=some_mask[:, None] & dim_mask[None, :],
+            other=0.0,
+        )
+        acc += tl.sum(outs * tl.exp(some_max - safe_max)[:, None], axis=0)
+    result = acc / tl.where(total == 0.0, 1.0, total)
     tl.store(
-        out_ptr + row * stride_out_row + query_head * stride_out_head + dims,
+        out_ptr + row * stride_out_row + query_head * HEAD_SIZE + dims,
         result.to(out_ptr.dtype.element_ty),
         mask=dim_mask,
     )

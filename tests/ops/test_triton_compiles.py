@@ -1,0 +1,106 @@
+"""Every Triton kernel compiles for GPUs that are not there, and fits into them.
+
+The interpreter sees no wrong types or alignments, no shape that ``tl.dot`` refuses, no tile that
+shared memory or registers cannot hold. Compiling does, as a launch would compile, without a device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Registers that find no place go to memory. A few outside the loop cost nothing that one sees; a
+# tile that is too large spills hundreds of bytes.
+MAX_SPILLED_BYTES = 128
+
+DEFAULT = [
+    ("sparse_decode", 90, "bfloat16", 128, 4, 16, "heads"),
+    ("sparse_decode", 80, "float32", 80, 1, 128, "rule"),
+    ("anchor_decode", 90, "bfloat16", 128, 4, 16, ""),
+    ("anchor_decode", 80, "float16", 64, 8, 32, "masses"),
+    ("paged_attention", 90, "bfloat16", 128, 4, 16, "rule"),
+    ("block_topk", 90, "bfloat16", 128, 4, 16, ""),
+    ("cache_write", 80, "bfloat16", 80, 4, 64, ""),
+]
+CAPABILITIES = (80, 86, 90)
+GROUPS = (1, 4, 8, 3)
+BLOCK_SIZES = (16, 32, 64, 128, 48)
+VARIANTS = {
+    "sparse_decode": ("", "rule", "heads", "rule heads"),
+    "anchor_decode": ("", "masses", "dense"),
+    "paged_attention": ("", "rule"),
+    "block_topk": ("",),
+    "cache_write": ("",),
+}
+
+
+def _matrix(op: str, capability: int) -> list[tuple[Any, ...]]:
+    """Every dtype with every head size, and groups, block sizes and variants in turn."""
+    sizes = itertools.product(("bfloat16", "float16", "float32"), (64, 80, 128, 256), range(3))
+    turns = zip(*(itertools.cycle(of) for of in (GROUPS, BLOCK_SIZES, VARIANTS[op])), strict=False)
+    return [
+        (op, capability, dtype, head_size, *turn)
+        for (dtype, head_size, _), turn in zip(sizes, turns, strict=False)
+    ]
+
+
+def _backend_is_missing() -> bool:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or not spec.submodule_search_locations:
+        return True
+    tools = Path(spec.submodule_search_locations[0], "backends", "nvidia", "bin")
+    return not all((tools / tool).exists() for tool in ("ptxas", "cuobjdump"))
+
+
+def _compile(cases: list[tuple[Any, ...]], cache: Path) -> list[dict[str, Any]]:
+    fields = ("op", "capability", "dtype", "head_size", "group", "block_size", "variant")
+    request = [dict(zip(fields, case, strict=True)) for case in cases]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.triton_compiler"],
+        input=json.dumps(request),
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+def _check(findings: list[dict[str, Any]], cases: list[tuple[Any, ...]]) -> None:
+    assert len(findings) >= len(cases)
+    faults = [
+        finding
+        for finding in findings
+        if "error" in finding
+        or finding["shared_bytes"] > finding["shared_limit_bytes"]
+        or finding["spilled_bytes"] > MAX_SPILLED_BYTES
+    ]
+    assert not faults, "\n".join(map(str, faults))
+
+
+needs_backend = pytest.mark.skipif(_backend_is_missing(), reason="triton without its CUDA backend")
+
+
+@needs_backend
+def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
+    assert {case[0] for case in DEFAULT} == set(VARIANTS)
+    _check(_compile(DEFAULT, tmp_path), DEFAULT)
+
+
+@pytest.mark.slow
+@needs_backend
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("op", VARIANTS)
+def test_every_size_compiles_and_fits(op: str, capability: int, tmp_path: Path) -> None:
+    cases = _matrix(op, capability)
+    _check(_compile(cases, tmp_path), cases)
