@@ -45,7 +45,10 @@ UGLY_SEQ_LENS = (1, 31, 33, 64, 127, 300)
 QUERY_LENS = (1, 31, 0, 17, 1, 40)
 DTYPES = (torch.float32, torch.bfloat16)
 ELASTIC = Span(3, 11, -5, 24)
-RULES = [pytest.param(None, id="no_rule"), pytest.param(ELASTIC, id="elastic_per_head")]
+RULES = [
+    pytest.param(None, id="no_rule", marks=pytest.mark.slow),
+    pytest.param(ELASTIC, id="elastic_per_head"),
+]
 # vLLM's pool: heads of one group lie apart, those of different groups never own the same block.
 # Layers outermost (stride 1, a region per head of a group), and blocks outermost.
 PLACES = {

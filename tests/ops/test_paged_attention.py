@@ -102,9 +102,9 @@ CASES = [
 ]
 RULES = [
     pytest.param(None, id="causal"),
-    pytest.param({"span": Span(0, 20)}, id="sink0-window20"),
+    pytest.param({"span": Span(0, 20)}, id="sink0-window20", marks=pytest.mark.slow),
     pytest.param({"span": Span(5, 33, -40, 48)}, id="sink5-elastic48-alpha_negative"),
-    pytest.param({"span": Span(17, 1)}, id="sink17-window1"),
+    pytest.param({"span": Span(17, 1)}, id="sink17-window1", marks=pytest.mark.slow),
     pytest.param({"span": Span(3, 11, -5, 24), "per_head": True}, id="rule_per_head"),
 ]
 
@@ -155,7 +155,7 @@ def test_serves_all_sizes(impl: OpImpl, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("span", [Span(5, 33), Span(0, 200), Span(300, 1)], ids=str)
-@pytest.mark.parametrize("block_size", [16, 48, 128])
+@pytest.mark.parametrize("block_size", [16, 48, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_tiles_between_the_sinks_and_a_far_window_are_never_read(
     impl: OpImpl, block_size: int, span: Span
@@ -195,7 +195,7 @@ def test_elastic_spans_hold_at_every_position_for_every_beta(impl: OpImpl) -> No
         head_size=16,
         block_size=16,
     )
-    for alpha_tokens in (-7, 0, 3):
+    for alpha_tokens in (-7, 3):
         spans = [Span(2, 1, alpha_tokens, beta) for beta in betas]
         rule = SpanRule.of(spans, 1, problem.device)
         _check(_run(impl, problem, rule), problem, rule)
