@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,24 @@ def assign(program: Program) -> list[int]:
     Raises:
         UserError: scipy is not installed, or no assignment keeps to the budget.
     """
+    heads, rules = program.costs.shape
+    found = _solve(program, is_integral=True)
+    chosen: list[int] = found.x[: heads * rules].reshape(heads, rules).argmax(1).tolist()
+    return chosen
+
+
+def least_cost(program: Program) -> float:
+    """What an assignment costs at least, if heads may be in as many classes as they like.
+
+    Raises:
+        UserError: see ``assign``.
+    """
+    found = _solve(program, is_integral=False)
+    return float((found.x[: program.costs.size] * program.costs.ravel()).sum())
+
+
+def _solve(program: Program, is_integral: bool) -> Any:
+    """scipy's result; variables are x[head, rule], then z[rule, k - 1]: a rule has k groups."""
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
@@ -67,13 +86,11 @@ def assign(program: Program) -> list[int]:
         ) from None
     heads, rules = program.costs.shape
     groups = heads // program.group
-    # Variables: x[head, rule]; then z[rule, k - 1]: the rule has k groups.
-    num_x = heads * rules
     rows, lower, upper = _constraints(program, heads, rules, groups)
     scale = max(float(program.costs.max()), 1e-30)
     found = milp(
         np.concatenate([program.costs.ravel() / scale, np.zeros(rules * groups)]),
-        integrality=np.ones(num_x + rules * groups),
+        integrality=np.full(rows.shape[1], int(is_integral)),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(csr_array(rows), lower, upper),
         options={"time_limit": TIME_LIMIT_S, "mip_rel_gap": GAP},
@@ -83,8 +100,7 @@ def assign(program: Program) -> list[int]:
             f"--density is {program.density}; no assignment of spans to KV heads keeps to it "
             f"({found.message}); give more"
         )
-    chosen: list[int] = found.x[:num_x].reshape(heads, rules).argmax(1).tolist()
-    return chosen
+    return found
 
 
 def _constraints(

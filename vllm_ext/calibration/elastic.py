@@ -12,8 +12,9 @@ Nothing is printed here and no file of the user's is written: the command does b
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,14 @@ from attn_backends.methods.moa import METHOD as MOA
 from attn_backends.methods.moa import HeadSpans
 from attn_backends.profile import SCHEMA_VERSION, Profile, fingerprint, read_model_config
 from kvcache.spans import BETA_UNIT, Span
-from vllm_ext.calibration.assignment import Program, assign, density_of, group_size, mean_density
+from vllm_ext.calibration.assignment import (
+    Program,
+    assign,
+    density_of,
+    group_size,
+    least_cost,
+    mean_density,
+)
 from vllm_ext.calibration.data import corpora, needles_example
 from vllm_ext.calibration.influence import Influence
 from vllm_ext.calibration.spanned import SpannedModel
@@ -112,6 +120,10 @@ class Plan:
     kl_text: float = 0.0
     kl_retrieval: float = 0.0
     agreement_retrieval: float = 0.0
+
+    def named(self, name: str) -> str:
+        """A name of something that was found out about these rules."""
+        return f"{name} {hashlib.sha256(bytes(self.rules)).hexdigest()[:16]}"
 
     @property
     def loss(self) -> float:
@@ -218,50 +230,64 @@ class Calibration:
         for number, (aim, weights) in enumerate(aims.items()):
             self._progress("planning", number, len(aims))
             costs = np.sum([weight * influence[length] for length, weight in weights.items()], 0)
-            rules = self._assign(costs, self._settings.density)
+            rules = assign(self._program(costs, self._settings.density))
             if all(rules != plan.rules for plan in plans):
                 paid = [_paid(one, rules) for one in influence.values()]
                 plans.append(Plan(aim, rules, paid))
         self._progress("planning", len(aims), len(aims))
         return plans
 
-    def _assign(self, costs: np.ndarray, density: float) -> list[int]:
+    def _program(self, costs: np.ndarray, density: float) -> Program:
         lengths = self._settings.lengths_tokens()
         densities = [[density_of(rule, length) for rule in self._rules] for length in lengths]
-        return assign(Program(costs, np.array(densities), density, group_size(len(costs))))
+        return Program(costs, np.array(densities), density, group_size(len(costs)))
 
     def _curve(self, influence: dict[int, np.ndarray]) -> list[tuple[float, float]]:
-        """Influence over all lengths by density: what another budget would give."""
+        """Influence over all lengths by density: what another budget could give at best, with as
+        many classes as heads.
+        """
         costs = np.sum(list(influence.values()), 0)
-        return [(share, _paid(costs, self._assign(costs, share))) for share in CURVE]
+        return [(share, round(least_cost(self._program(costs, share)), 4)) for share in CURVE]
 
     def _validated(self, plans: list[Plan]) -> list[Plan]:
         """The plans with their divergences."""
         model, settings = self._loaded(), self._settings
         length = min(VALIDATION_FACTOR * settings.context_tokens, model.max_tokens)
         prompts = self._prompts(settings.seed + VALIDATION_SEED, [length], VALIDATIONS)
-        found: list[dict[str, list[float]]] = [{} for _ in plans]
         for number, prompt in enumerate(prompts):
             self._progress("validating", number, len(prompts))
-            response, dense = model.respond(prompt.ids, RESPONSE_TOKENS[prompt.kind])
-            ids = prompt.ids + response
-            for plan, values in zip(plans, found, strict=True):
-                spans = [self._rules[rule] for rule in plan.rules]
-                given = model.logprobs(ids, len(response), spans)
-                kl = (dense.exp() * (dense - given)).sum(-1)
-                agrees = (dense.argmax(-1) == given.argmax(-1)).float()
-                values.setdefault(f"kl_{prompt.kind}", []).append(float(kl.mean()))
-                values.setdefault(f"agreement_{prompt.kind}", []).append(float(agrees.mean()))
+            self._validate(f"validation {number}", prompt, plans)
         self._progress("validating", len(prompts), len(prompts))
-        return [
-            Plan(
-                plan.aim,
-                plan.rules,
-                plan.influence,
-                *(round(float(np.mean(values[name])), 5) for name in _VALIDATED),
-            )
-            for plan, values in zip(plans, found, strict=True)
-        ]
+        return [self._with_verdicts(plan, prompts) for plan in plans]
+
+    def _validate(self, name: str, prompt: _Prompt, plans: list[Plan]) -> None:
+        """Each plan's divergence on a prompt, where it is not known yet."""
+        missing = [plan for plan in plans if self._state.recall(plan.named(name)) is None]
+        if not missing:
+            return
+        model = self._loaded()
+        response, dense = model.respond(prompt.ids, RESPONSE_TOKENS[prompt.kind])
+        for plan in missing:
+            spans = [self._rules[rule] for rule in plan.rules]
+            given = model.logprobs(prompt.ids + response, len(response), spans)
+            kl = (dense.exp() * (dense - given)).sum(-1).mean()
+            agrees = (dense.argmax(-1) == given.argmax(-1)).float().mean()
+            verdict = {"kl": float(kl), "agreement": float(agrees)}
+            self._state.keep(plan.named(name), verdict)
+
+    def _with_verdicts(self, plan: Plan, prompts: list[_Prompt]) -> Plan:
+        verdicts = [self._state.recall(plan.named(f"validation {n}")) for n in range(len(prompts))]
+
+        def mean(kind: str, figure: str) -> float:
+            both = zip(prompts, verdicts, strict=True)
+            return round(float(np.mean([v[figure] for p, v in both if p.kind == kind])), 5)
+
+        return replace(
+            plan,
+            kl_text=mean("text", "kl"),
+            kl_retrieval=mean("retrieval", "kl"),
+            agreement_retrieval=mean("retrieval", "agreement"),
+        )
 
     def _profile(self, best: Plan, plans: list[Plan]) -> Profile:
         settings, model = self._settings, self._loaded()
@@ -307,9 +333,6 @@ class _Prompt:
     kind: str
     length_tokens: int
     ids: list[int]
-
-
-_VALIDATED = ("kl_text", "kl_retrieval", "agreement_retrieval")
 
 
 def _both_kinds(samples: list[dict[str, Any]]) -> np.ndarray:

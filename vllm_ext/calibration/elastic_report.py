@@ -95,7 +95,7 @@ def markdown(profile: Profile, shown: dict[str, Any], image: Path | None) -> str
         "KL divergence from dense on responses that the dense model gave (transformers, fp32; "
         "spans hold in prefill, too).",
         "",
-        "What other budgets would hide, by the same measure of influence (all lengths):",
+        "What other budgets would hide at best, by the same measure of influence (all lengths):",
         "",
         "| density | " + " | ".join(f"{share:.0%}" for share, _ in shown["curve"]) + " |",
         "|---|" + "---|" * len(shown["curve"]),
