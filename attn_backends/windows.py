@@ -40,11 +40,11 @@ class WindowLayers:
         self._block_size = block_size = geometry.block_size
         self._rules = [SpanRule.of(spans, geometry.max_num_reqs, device) for spans in kinds]
         shape = (len(kinds), geometry.max_num_reqs, geometry.num_kv_heads)
-        values = torch.zeros(len(kinds), 1, geometry.num_kv_heads, 4, dtype=torch.int32)
-        for kind, rule in enumerate(self._rules):
-            values[kind, 0] = rule.values[0]
+        # [kinds, 1, num_kv_heads] each
+        rules = [SpanRule.of(spans, 1, torch.device("cpu")).values for spans in kinds]
+        values = torch.stack(rules) if rules else torch.zeros(0, 1, 1, 4, dtype=torch.int32)
         sinks, self._floor, self._alpha, self._beta = values.to(device).unbind(3)
-        self._sink_blocks = -(-sinks // block_size)  # [kinds, 1, num_kv_heads], as the others
+        self._sink_blocks = -(-sinks // block_size)
         width = self._width(geometry)
         self._steps = torch.arange(width, dtype=torch.int32, device=device)
         self._is_sink = self._steps < self._sink_blocks[..., None]

@@ -173,5 +173,6 @@ METHOD = SparseMethod(
     entries=_entries,
     reach=(),
     profile_section=HeadSpans,
+    needs_profile=True,
     chunk_tokens=512,
 )
