@@ -349,7 +349,9 @@ def _paid(costs: np.ndarray, rules: list[int]) -> float:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float) else str(value)
+    if isinstance(value, Path):
+        return value.name  # no folder of the user's
+    return value if isinstance(value, int | float | None) else str(value)
 
 
 def _line(plan: Plan, title: str) -> str:
