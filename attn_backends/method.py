@@ -119,6 +119,10 @@ class SparseMethod:
         reach: settings in tokens that add up to what a decode row reads in a sparse layer, as far
             as the config has them; evaluation varies the last.
         profile_section: what the method reads of a profile; None: it reads none.
+        needs_profile: there is no serving a checkpoint without one; commands that compare methods
+            take such a method when it is named.
+        chunk_tokens: of a prompt that ``vllm-ext serve`` schedules in one step on CPUs, where the
+            user does not choose: what is freed lags behind by that much. None: vLLM's choice.
     """
 
     name: str
@@ -133,3 +137,5 @@ class SparseMethod:
     purpose: Purpose = Purpose.SERVING
     reach: tuple[str, ...] = ("budget_tokens",)
     profile_section: type[ProfileSection] | None = None
+    needs_profile: bool = False
+    chunk_tokens: int | None = None

@@ -25,7 +25,7 @@ from kvcache.spans import BETA_UNIT, Span, everything
 
 
 class WindowLayers:
-    """Selections and token rules of the WINDOW layers.
+    """Selections and token rules of the WINDOW layers, computed for all of them at once.
 
     Args:
         schedule: names the layers and their spans, one per KV head.
@@ -34,57 +34,56 @@ class WindowLayers:
     """
 
     def __init__(self, schedule: LayerSchedule, geometry: Geometry, device: torch.device) -> None:
-        kinds = dict.fromkeys(schedule.spans.values())
-        self._kinds = {spans: _Windows(spans, geometry, device) for spans in kinds}
-        self._spans = schedule.spans
+        kinds = list(dict.fromkeys(schedule.spans.values()))
+        self._kind_of = {layer: kinds.index(spans) for layer, spans in schedule.spans.items()}
         self._narrowing = {span for spans in kinds for span in spans}
+        self._block_size = block_size = geometry.block_size
+        self._rules = [SpanRule.of(spans, geometry.max_num_reqs, device) for spans in kinds]
+        shape = (len(kinds), geometry.max_num_reqs, geometry.num_kv_heads)
+        # [kinds, 1, num_kv_heads] each
+        rules = [SpanRule.of(spans, 1, torch.device("cpu")).values for spans in kinds]
+        values = torch.stack(rules) if rules else torch.zeros(0, 1, 1, 4, dtype=torch.int32)
+        sinks, self._floor, self._alpha, self._beta = values.to(device).unbind(3)
+        self._sink_blocks = -(-sinks // block_size)
+        width = self._width(geometry)
+        self._steps = torch.arange(width, dtype=torch.int32, device=device)
+        self._is_sink = self._steps < self._sink_blocks[..., None]
+        self._blocks = torch.full((*shape, width), -1, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(shape, dtype=torch.int32, device=device)
+
+    def _width(self, geometry: Geometry) -> int:
+        """The most blocks that a head reads."""
+        block_size, max_tokens = self._block_size, geometry.max_model_len
+        # A window of W tokens touches at most (W - 2) // block_size + 2 blocks, wherever it starts.
+        widths = (
+            -(-span.sink_tokens // block_size) + (span.tokens(max_tokens) - 2) // block_size + 2
+            for span in self._narrowing
+        )
+        return min(max(widths, default=1), -(-max_tokens // block_size))
 
     def plan(self, rows: StepRows) -> dict[int, LayerPlan]:
-        """By layer index, for these layers alone."""
-        plans = {spans: windows.plan(rows) for spans, windows in self._kinds.items()}
-        return {layer: plans[spans] for layer, spans in self._spans.items()}
-
-    def hide_something(self, seq_len: int) -> bool:
-        """Whether some head of some layer leaves out a part of this many tokens."""
-        return not all(span.sees_everything(seq_len) for span in self._narrowing)
-
-
-class _Windows:
-    """The buffers of layers whose heads have these spans."""
-
-    def __init__(self, spans: tuple[Span, ...], geometry: Geometry, device: torch.device) -> None:
-        self._block_size = block_size = geometry.block_size
-        max_blocks = -(-geometry.max_model_len // block_size)
-        self._rule = SpanRule.of(spans, geometry.max_num_reqs, device)
-        self._sink_blocks = -(-self._rule.values[0, :, 0] // block_size)
-        _, self._floor, self._alpha, self._beta = self._rule.values[0].unbind(1)
-        # A window of W tokens touches at most (W - 2) // block_size + 2 blocks, wherever it starts.
-        width = max(
-            -(-span.sink_tokens // block_size)
-            + (span.tokens(geometry.max_model_len) - 2) // block_size
-            + 2
-            for span in spans
-        )
-        shape = (geometry.max_num_reqs, len(spans), min(width, max_blocks))
-        self._steps = torch.arange(shape[2], dtype=torch.int32, device=device)
-        self._is_sink = self._steps < self._sink_blocks[:, None]
-        self._blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
-
-    def plan(self, rows: StepRows) -> LayerPlan:
-        """Sink blocks and window blocks of each row and head."""
+        """By layer index, for these layers alone: sink and window blocks of each row and head."""
+        if not self._rules:
+            return {}
         seq_lens = rows.seq_lens[:, None]
         elastic = self._alpha + self._beta * seq_lens // BETA_UNIT
         first_seen = (seq_lens - torch.maximum(self._floor, elastic)).clamp_min(0)
         # Blocks that lie between sinks and window; 0 where the two touch or overlap.
         gap = (first_seen // self._block_size - self._sink_blocks).clamp_min(0)
         num_blocks = (seq_lens + self._block_size - 1) // self._block_size
-        counts, blocks = self._counts[: len(seq_lens)], self._blocks[: len(seq_lens)]
+        counts, blocks = self._counts[:, : len(seq_lens)], self._blocks[:, : len(seq_lens)]
         counts.copy_(num_blocks - gap)
-        logical = self._steps + gap[:, :, None].masked_fill(self._is_sink, 0)
-        blocks.copy_(logical.masked_fill_(self._steps >= counts[:, :, None], -1))
-        rule = self._rule.rows(0, rows.num_rows)
-        return LayerPlan(Selected(BlockSelection(blocks, counts)), rule)
+        logical = self._steps + gap[..., None].masked_fill(self._is_sink, 0)
+        blocks.copy_(logical.masked_fill_(self._steps >= counts[..., None], -1))
+        plans = [
+            LayerPlan(Selected(BlockSelection(*selected)), rule.rows(0, rows.num_rows))
+            for *selected, rule in zip(blocks, counts, self._rules, strict=True)
+        ]
+        return {layer: plans[kind] for layer, kind in self._kind_of.items()}
+
+    def hide_something(self, seq_len: int) -> bool:
+        """Whether some head of some layer leaves out a part of this many tokens."""
+        return not all(span.sees_everything(seq_len) for span in self._narrowing)
 
 
 def window_entries(schedule: LayerSchedule, num_kv_heads: int) -> tuple[KVEntry, ...]:

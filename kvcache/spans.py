@@ -8,6 +8,7 @@ for all its queries, which no prefix cache allows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 BETA_UNIT = 64  # beta is counted in 64ths: whole numbers, the same on every device
@@ -78,6 +79,12 @@ class Span:
         """
         return self.first_seen(num_tokens) <= self.sink_tokens
 
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether no query, at whatever position, has something hidden from it."""
+        grows = self.beta_64ths == BETA_UNIT and self.alpha_tokens + self.sink_tokens >= 0
+        return grows or self.floor_tokens >= EVERYTHING_TOKENS
+
 
 EVERYTHING_TOKENS = 1 << 30
 
@@ -85,3 +92,32 @@ EVERYTHING_TOKENS = 1 << 30
 def everything() -> Span:
     """The span that hides nothing."""
     return Span(0, EVERYTHING_TOKENS)
+
+
+def covering(spans: Sequence[Span], max_tokens: int) -> Span:
+    """The least span, on average over all lengths, that shows what any of these shows.
+
+    Args:
+        spans: one or more.
+        max_tokens: it need not cover more beyond.
+    """
+    if any(span.hides_nothing for span in spans):
+        return everything()
+    sinks = max(span.sink_tokens for span in spans)
+    floor = max(span.floor_tokens for span in spans)
+    candidates = [
+        Span(sinks, floor, _alpha_above(spans, beta, max_tokens), beta)
+        for beta in {span.beta_64ths for span in spans}
+    ]
+    lengths = range(0, max_tokens + 1, max(1, max_tokens // 64))
+    return min(candidates, key=lambda span: sum(min(n, span.tokens(n)) for n in lengths))
+
+
+def _alpha_above(spans: Sequence[Span], beta_64ths: int, max_tokens: int) -> int:
+    """The least alpha with which this slope is nowhere below any of the spans' elastic part."""
+    # Lines differ most at an end; floors of two quotients by no more than their difference, rounded
+    # up.
+    return max(
+        span.alpha_tokens + max(0, -(-(span.beta_64ths - beta_64ths) * max_tokens // BETA_UNIT))
+        for span in spans
+    )

@@ -138,7 +138,7 @@ def _forced(engine: dict[str, Any]) -> dict[str, Any]:
         return {}
     from vllm_ext.forcing import ForcingProcessor
 
-    found = dict(ForcingProcessor.results)
+    found = {name: list(steps.values()) for name, steps in ForcingProcessor.results.items()}
     ForcingProcessor.results.clear()
     return found
 

@@ -23,10 +23,12 @@ class ForcingProcessor(LogitsProcessor):
 
     Without tokens: a request decodes freely, its log-probabilities are written to the file
     at the end. With tokens: they are forced, and ``[kl, agrees]`` per step is collected in
-    ``results`` under the request's ``"name"``.
+    ``results`` under the request's ``"name"``, by file and step: vLLM samples after every chunk of
+    a prompt, and what stands there in the end is of the last one.
     """
 
-    results: dict[str, list[tuple[float, bool]]] = {}  # noqa: RUF012 (read by the worker process)
+    # read by the worker process
+    results: dict[str, dict[tuple[str, int], tuple[float, bool]]] = {}  # noqa: RUF012
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._entries: dict[int, tuple[dict[str, Any], list[int]]] = {}
@@ -58,7 +60,7 @@ class ForcingProcessor(LogitsProcessor):
             reference = torch.tensor(dense[step], device=logits.device)
             kl = float((reference.exp() * (reference - logprobs)).sum())
             agrees = bool(reference.argmax() == logprobs.argmax())
-            self.results.setdefault(asked["name"], []).append((kl, agrees))
+            self.results.setdefault(asked["name"], {})[asked["file"], step] = kl, agrees
             logits[row] = -torch.inf
             logits[row, tokens[step]] = 0.0
         return logits

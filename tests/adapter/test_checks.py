@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from attn_backends.adapter.checks import refuse, unsupported_reasons
-from attn_backends.config import SettingError
+from attn_backends.config import ConfigError, SettingError
+from attn_backends.method import Geometry
 from attn_backends.methods import load_method
+from attn_backends.plan import LayerRole, LayerSchedule
+from kvcache.entries import KVEntry
+from kvcache.retention import KeepAll
 
 
 def _vllm_config(
@@ -146,3 +150,34 @@ def test_a_worker_refuses_settings_that_the_block_of_the_loaded_model_rules_out(
     )
     with pytest.raises(SettingError, match="window_tokens is 64, less than one KV block of 128"):
         retained_specs(engine, {})
+
+
+@pytest.mark.parametrize(
+    ("device_type", "eager", "ranks", "words"),
+    [
+        ("cpu", False, 1, None),
+        ("cuda", True, 1, None),
+        ("cuda", False, 1, "CUDA graphs; use --enforce-eager"),
+        ("cpu", False, 2, "--tensor-parallel-size 2; use 1"),
+    ],
+)
+def test_heads_with_caches_of_their_own_are_refused_where_they_were_not_tried(
+    device_type: str, eager: bool, ranks: int, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    from vllm_ext.platforms import selection
+
+    entries = tuple(KVEntry(0, (head,), KeepAll()) for head in range(2))
+    planned = entries, LayerSchedule.uniform(LayerRole.DENSE, 1), Geometry(1, 2, 2, 64, 32, 8, 512)
+    monkeypatch.setattr(selection, "planned_entries", lambda *_: planned)
+    engine: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        model_config=SimpleNamespace(enforce_eager=eager),
+    )
+    method = load_method("SINK_WINDOW")
+    if words is None:
+        selection._check_entries(method, engine, device_type)
+        return
+    with pytest.raises(ConfigError, match=words):
+        selection._check_entries(method, engine, device_type)

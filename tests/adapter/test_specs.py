@@ -18,6 +18,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from attn_backends.head_classes import padded_entries
 from kvcache.adapter.managers import register
 from kvcache.adapter.specs import SpanSpec, policies_of, policies_of_groups, with_policies
 from kvcache.grouping import check_groups
@@ -49,6 +50,20 @@ def _specs(
     planned: dict[str, RetentionPolicy], spec: FullAttentionSpec = HEAD
 ) -> dict[str, object]:
     return dict(with_policies(dict.fromkeys(planned, spec), planned, IN_FLIGHT, MAX_LEN))
+
+
+@pytest.mark.parametrize(
+    "counts", [(45, 45), (30, 60), (18,) * 5, (37, 29, 24), (70, 60, 126), (20, 25), (2, 3, 4)]
+)
+def test_padding_of_classes_is_foreseen(vllm_config: VllmConfig, counts: tuple[int, ...]) -> None:
+    planned = {
+        f"model.layers.{entry}.head{kind}": SpanRetention(Span(64, 512 + kind))
+        for kind, count in enumerate(counts)
+        for entry in range(count)
+    }
+    groups = get_kv_cache_groups(vllm_config, _specs(planned))
+    size = max(len(group.layer_names) for group in groups)
+    assert padded_entries(counts) == size * len(groups) - sum(counts)
 
 
 @pytest.mark.parametrize("first", range(len(POLICIES)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,15 +27,17 @@ from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops, resolve_ops
 from attn_backends.plan import LayerPlan
 from kvcache.layout import PagedKVLayout, kv_views
+from tests.moa_profile import write_profile
 
 ROWS, LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK = 3, 6, 2, 4, 32, 32
 MAX_MODEL_LEN = 2048
 BLOCKS = MAX_MODEL_LEN // BLOCK
 ORDER = ORDER_OF_DEVICE["cpu"]
 GEOMETRY = Geometry(LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, 8, MAX_MODEL_LEN)
+BY_HAND = "by hand"  # stands for a profile that the test writes
 # Besides its defaults, what a method can be told that changes what its layers do.
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *[(name, {}) for name in REGISTRY],
+    *[(name, {"profile": BY_HAND} if name == "MOA" else {}) for name in REGISTRY],
     ("TIDAL_DECODE", {"anchor_attention": "full"}),
     (
         "TIDAL_DECODE",
@@ -159,7 +162,21 @@ class _Engine:
         return out[0]
 
 
-@pytest.mark.parametrize(("method_name", "settings"), SETTINGS, ids=str)
+@pytest.fixture
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """A case's own; spans of heads come from a file, which no model of the tests has."""
+    given: dict[str, Any] = request.param
+    if given.get("profile") == BY_HAND:
+        return given | {"profile": write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS)}
+    return given
+
+
+by_case = pytest.mark.parametrize(
+    ("method_name", "settings"), SETTINGS, ids=str, indirect=["settings"]
+)
+
+
+@by_case
 def test_launches_depend_on_the_number_of_rows_alone(
     method_name: str, settings: dict[str, Any]
 ) -> None:
@@ -170,7 +187,7 @@ def test_launches_depend_on_the_number_of_rows_alone(
         assert engine.step(batch) == captured, f"another launch for {batch}"
 
 
-@pytest.mark.parametrize(("method_name", "settings"), SETTINGS, ids=str)
+@by_case
 def test_a_prompt_token_among_decode_rows_is_answered_as_prefill_answers_it(
     method_name: str, settings: dict[str, Any]
 ) -> None:
@@ -184,7 +201,7 @@ def test_a_prompt_token_among_decode_rows_is_answered_as_prefill_answers_it(
         assert not torch.allclose(out[0], engine.prefilled(0, plan)), "nothing is left out"
 
 
-@pytest.mark.parametrize(("method_name", "settings"), SETTINGS, ids=str)
+@by_case
 def test_no_step_waits_for_the_device(method_name: str, settings: dict[str, Any]) -> None:
     """Tensors without memory stand for a device's: to read one on the host is an error."""
     meta = torch.device("meta")

@@ -22,7 +22,7 @@ from vllm_ext.calibration.search import (
     search,
     verify,
 )
-from vllm_ext.calibration.trials import Trials
+from vllm_ext.calibration.state import SavedState
 from vllm_ext.errors import UserError
 
 
@@ -182,15 +182,14 @@ def test_examples_are_the_same_for_the_same_seed() -> None:
 def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     path = tmp_path / "out" / "p.state.json"
-    verdict = Verdict((2, 5), 0.1, 0.2, 0.9, 0.8)
 
-    def trials(**settings: Any) -> Trials:
-        return Trials(path, AnchorSettings(tmp_path, **settings).key())
+    def trials(**settings: Any) -> SavedState:
+        return SavedState(path, AnchorSettings(tmp_path, **settings).key())
 
-    trials(seed=3).keep(verdict)
-    assert trials(seed=3).recall((2, 5)) == verdict
-    assert trials(seed=3).recall((2, 6)) is None
-    assert trials(seed=3, drop=2).recall((2, 5)) == verdict  # dropping judges no anchors
+    trials(seed=3).keep("(2, 5)", {"kl_text": 0.1})
+    assert trials(seed=3).recall("(2, 5)") == {"kl_text": 0.1}
+    assert trials(seed=3).recall("(2, 6)") is None
+    assert len(trials(seed=3, drop=2)) == 1  # dropping judges no anchors
     assert len(trials(seed=4)) == 0
     trials(seed=3).forget()
     assert len(trials(seed=3)) == 0

@@ -32,7 +32,7 @@ from vllm_ext.calibration.data import Sizes, make_examples
 from vllm_ext.calibration.layer_similarity import least_important
 from vllm_ext.calibration.probe import Budget, Probe, load_probed_model
 from vllm_ext.calibration.search import Recording, Verdict
-from vllm_ext.calibration.trials import Trials
+from vllm_ext.calibration.state import SavedState
 from vllm_ext.errors import UserError
 
 DENSE_LAYERS = 1
@@ -76,7 +76,7 @@ class AnchorSettings:
     seed: int = 0
 
     def key(self) -> dict[str, str]:
-        """What verdicts on anchors depend on, for ``Trials``."""
+        """What verdicts on anchors depend on, for ``SavedState``."""
         settings = {name: str(value) for name, value in vars(self).items()}
         kept = {key: text for key, text in settings.items() if key not in _NO_VERDICT_OF_ANCHORS}
         served = {"anchor_attention": "selected", "forced_tokens": str(FORCED_TOKENS)}
@@ -153,7 +153,7 @@ def check(
 
 
 def calibrate(
-    settings: AnchorSettings, trials: Trials, echo: Echo, progress: Progress
+    settings: AnchorSettings, trials: SavedState, echo: Echo, progress: Progress
 ) -> tuple[Profile, torch.Tensor]:
     """Runs the stages described in ``vllm_ext.calibration.search``.
 
@@ -178,10 +178,11 @@ def calibrate(
         return search.make_schedule(anchors, errors, DENSE_LAYERS)
 
     def judge(anchors: tuple[int, ...]) -> Verdict:
-        verdict = trials.recall(anchors)
-        if verdict is None:
-            verdict = probed.verify(schedule_of(anchors), recordings)
-            trials.keep(verdict)
+        known = trials.recall(str(anchors))
+        if known is not None:
+            return Verdict(**(known | {"anchors": anchors}))
+        verdict = probed.verify(schedule_of(anchors), recordings)
+        trials.keep(str(anchors), asdict(verdict))
         return verdict
 
     verdicts = _proven(settings, costs, judge, progress)

@@ -86,6 +86,34 @@ def retrieval_example(
     return Example("retrieval", ids, len(answer_ids) + _QUESTION_FORCED_TOKENS)
 
 
+def needles_example(
+    tokenizer: Any, source: random.Random, num_tokens: int, haystack: list[int] | None
+) -> list[int]:
+    """A prompt with one to four needles at random depths, one of which is asked for at the end.
+
+    Args:
+        tokenizer: of the model.
+        source: of randomness.
+        num_tokens: about how long.
+        haystack: tokens to hide them in, or None for repeated filler sentences.
+    """
+    subjects = source.sample(_SUBJECTS, source.randrange(1, 5))
+    question: list[int] = tokenizer(f"\nWhat is the {subjects[0]}? The {subjects[0]} is")[
+        "input_ids"
+    ]
+    if haystack is None:
+        filler = tokenizer(source.choice(_FILLERS))["input_ids"]
+        haystack = filler * (num_tokens // len(filler) + 1)
+    start = source.randrange(max(1, len(haystack) - num_tokens))
+    ids = haystack[start : start + max(1, num_tokens - 40 * len(subjects))]
+    for subject in subjects:
+        answer = source.choice((str(source.randrange(10_000, 99_999)), source.choice(_WORDS)))
+        needle = f"\nThe {subject} is {answer}. Remember it. {answer} is the {subject}.\n"
+        place = int(len(ids) * source.uniform(0.02, 0.95))
+        ids = ids[:place] + tokenizer(needle)["input_ids"] + ids[place:]
+    return ids + question
+
+
 def text_example(ids: list[int], source: random.Random, num_tokens: int) -> Example:
     """A stretch of a corpus."""
     start = source.randrange(max(1, len(ids) - num_tokens))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from attn_backends.methods import REGISTRY, load_method
 from vllm_ext.engine_process import cpu_dtype
 
 # The KV pool is really resident, and filling it takes about 3 s per GiB at start.
@@ -46,3 +47,27 @@ def default_dtype(rest: list[str]) -> list[str]:
         flush=True,
     )
     return ["--dtype", cpu_dtype()]
+
+
+def default_chunk(rest: list[str], backend: str) -> list[str]:
+    """``--max-num-batched-tokens`` on CPUs where the method wants smaller chunks than vLLM takes,
+    unless the user chose.
+
+    Args:
+        rest: flags for vLLM.
+        backend: name of the method; another attention backend, or none, wants nothing.
+    """
+    from vllm.platforms import current_platform
+
+    flags = {word.split("=")[0].replace("_", "-") for word in rest}
+    chunk_tokens = load_method(backend).chunk_tokens if backend in REGISTRY else None
+    if chunk_tokens is None or not current_platform.is_cpu():
+        return []
+    if "--max-num-batched-tokens" in flags:
+        return []
+    print(
+        f"vllm-ext: prompts are read in chunks of {chunk_tokens} tokens, so that {backend} frees "
+        "memory early (choose with --max-num-batched-tokens)",
+        flush=True,
+    )
+    return ["--max-num-batched-tokens", str(chunk_tokens)]

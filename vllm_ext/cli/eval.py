@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from attn_backends.method import Purpose
-from attn_backends.methods import REGISTRY, methods_where
+from attn_backends.methods import REGISTRY, compared_methods
 from attn_backends.profile import read_model_config
 from vllm_ext.bench.machine import machine
 from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, setting_fields
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="model folder")
     parser.add_argument(
         "--methods",
-        default=",".join(methods_where(lambda method: method.purpose is not Purpose.CHECK)),
+        default=",".join(compared_methods(Purpose.SERVING, Purpose.BOUND)),
         help=f"comma-separated, of {', '.join(REGISTRY)} (%(default)s)",
     )
     parser.add_argument(

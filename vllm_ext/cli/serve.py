@@ -21,7 +21,7 @@ from attn_backends.config import POLICY_KEY, ConfigError, parse_config
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.policy.model import PolicyError
 from vllm_ext import access, plugin
-from vllm_ext.cli.cpu_defaults import default_dtype, default_kv_pool_bytes
+from vllm_ext.cli.cpu_defaults import default_chunk, default_dtype, default_kv_pool_bytes
 from vllm_ext.cli.flags import POLICY_FLAG, add_setting_flags, flag_of, merge_additional_config
 from vllm_ext.cli.policy_file import PolicyFile, methods_with_policy, read_policy, require_method
 from vllm_ext.cli.ready import announce_when_ready, in_url
@@ -164,6 +164,7 @@ def vllm_arguments(
     if merged:
         argv += ["--additional-config", json.dumps(merged)]
     argv += default_dtype(rest)
+    argv += default_chunk(rest, backend)
     pool_bytes = default_kv_pool_bytes(rest)
     if pool_bytes is not None:
         argv += ["--kv-cache-memory-bytes", str(pool_bytes)]

@@ -81,7 +81,7 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
     if vllm_config.model_config is not None and not reasons:
         # Asked for here already: a bad profile or policy must not wait for workers.
         schedule = method.schedule(config, geometry_of(vllm_config))
-        _check_entries(method, vllm_config)
+        _check_entries(method, vllm_config, device_type)
     _choose_worker(vllm_config, device_type, is_served=not reasons)
     _active.update(method=method, config=config, is_served=not reasons, schedule=schedule)
 
@@ -106,7 +106,7 @@ def _choose_worker(vllm_config: VllmConfig, device_type: str, is_served: bool) -
         parallel.worker_cls = WORKERS[device_type][2 if is_served else 1]
 
 
-def _check_entries(method: SparseMethod, vllm_config: VllmConfig) -> None:
+def _check_entries(method: SparseMethod, vllm_config: VllmConfig, device_type: str) -> None:
     """Refuses KV entries that vLLM, or this release, would not keep apart.
 
     Raises:
@@ -129,6 +129,11 @@ def _check_entries(method: SparseMethod, vllm_config: VllmConfig) -> None:
         raise ConfigError(
             f"{method.name} chooses blocks in layers {list(choosing)}, which cannot be combined "
             "with heads that keep different blocks; give each layer one retention"
+        )
+    if device_type == "cuda" and not vllm_config.model_config.enforce_eager:
+        raise ConfigError(
+            f"{method.name} keeps different KV blocks in different heads of a layer, which has not "
+            "been tried under CUDA graphs; use --enforce-eager, or a profile by layers"
         )
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     if num_ranks > 1:

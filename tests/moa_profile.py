@@ -1,0 +1,67 @@
+"""Profiles and rules for MOA, made by hand: what its tests serve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from attn_backends.methods.moa import METHOD, HeadSpans
+from attn_backends.profile import SCHEMA_VERSION, Profile
+
+SINK_TOKENS, FLOOR_TOKENS = 40, 128
+CLASSES = [[0, 64], [200, 0], [-64, 24]]  # full heads, a window, and one that grows
+
+
+def write_profile(
+    path: Path, num_layers: int, num_kv_heads: int, classes: list[list[int]] | None = None
+) -> str:
+    """Classes by turns, in layers and heads: equally many heads in each of up to three.
+
+    Args:
+        path: of the file.
+        num_layers: of the model.
+        num_kv_heads: of each layer.
+        classes: ``[alpha_tokens, beta_64ths]`` of each.
+
+    Returns:
+        The path, as settings take it.
+    """
+    classes = classes or CLASSES
+    section = HeadSpans(
+        sink_tokens=SINK_TOKENS,
+        floor_tokens=FLOOR_TOKENS,
+        classes=classes,
+        class_of_head=[
+            [(layer + head) % len(classes) for head in range(num_kv_heads)]
+            for layer in range(num_layers)
+        ],
+    )
+    profile = Profile(
+        schema_version=SCHEMA_VERSION,
+        fingerprint="0" * 64,
+        model="a model of the tests",
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        calibration={},
+    ).with_section(METHOD.name, section)
+    path.write_text(profile.model_dump_json())
+    return str(path)
+
+
+def write_rules(
+    path: Path, num_layers: int, num_query_heads: int, rule: tuple[float, float] = (0, 1)
+) -> str:
+    """A file in MoA's published format, the same rule for every query head.
+
+    Args:
+        path: of the file.
+        num_layers: of the model.
+        num_query_heads: of each layer.
+        rule: alpha in tokens and beta, a share; the default sees everything.
+
+    Returns:
+        The path, as settings take it.
+    """
+    alphas, betas = ([[value] * num_query_heads] * num_layers for value in rule)
+    path.write_text(json.dumps({"alphas": alphas, "betas": betas}))
+    return str(path)

@@ -1,0 +1,361 @@
+"""Calibrates MOA: from a model folder to what each KV head sees.
+
+1. *Responses* of the dense model itself, to retrieval prompts and natural text, at three lengths.
+2. *Influence* of every rule on every KV head (``influence``), each length and kind of prompt apart.
+3. *Plans*: the least influence under the density budget (``assignment``), for one length, another,
+   or all of them together: no plan is the best for every length.
+4. *Validation*: prompts that chose nothing, twice as long, with every plan's spans in prefill and
+   response, against dense. The plan of the least divergence is written.
+
+Nothing is printed here and no file of the user's is written: the command does both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attn_backends.methods.moa import METHOD as MOA
+from attn_backends.methods.moa import HeadSpans
+from attn_backends.profile import SCHEMA_VERSION, Profile, fingerprint, read_model_config
+from kvcache.spans import BETA_UNIT, Span
+from vllm_ext.calibration.assignment import (
+    Program,
+    assign,
+    density_of,
+    group_size,
+    least_cost,
+    mean_density,
+)
+from vllm_ext.calibration.data import corpora, needles_example
+from vllm_ext.calibration.influence import Influence
+from vllm_ext.calibration.spanned import SpannedModel
+from vllm_ext.calibration.state import SavedState
+
+ALPHAS_TOKENS = (0, 256, 512, 1024, 2048)
+BETAS_64THS = (0, 4, 8, 12, 16, 24, 32, 40, 48)
+LENGTH_SHARES = (4, 2, 1)  # of the longest prompt
+RESPONSE_TOKENS = {"retrieval": 12, "text": 48}
+VALIDATION_FACTOR = 2  # as long as the longest prompt
+VALIDATION_SEED = 1_000_003
+VALIDATIONS = 2  # prompts of each kind
+CURVE = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # densities of the report's curve
+
+Echo = Callable[[str], None]
+Progress = Callable[[str, int, int], None]  # what is done, how many are, of how many
+
+
+@dataclass(frozen=True)
+class ElasticSettings:
+    """What is calibrated, and on which prompts; the command's flags of these names.
+
+    Attributes:
+        model: folder of the checkpoint.
+        density: share of the tokens that the heads keep on average, at most, at every length.
+        context_tokens: of the longest prompt.
+        examples: prompts of each kind and length.
+        sink_tokens: first tokens that every head sees.
+        floor_tokens: the least span.
+        corpus: text file; None is Python's library.
+        seed: of the choice of prompts.
+    """
+
+    model: Path
+    density: float = 0.5
+    context_tokens: int = 4096
+    examples: int = 3
+    sink_tokens: int = 64
+    floor_tokens: int = 128
+    corpus: Path | None = None
+    seed: int = 0
+
+    def key(self) -> dict[str, str]:
+        """What measurements depend on, for ``SavedState``; the density only chooses."""
+        settings = {name: str(value) for name, value in vars(self).items() if name != "density"}
+        return settings | {"fingerprint": fingerprint(self.model)}
+
+    def rules(self) -> list[Span]:
+        """The spans that heads may get; the last hides nothing."""
+        return [
+            *(
+                Span(self.sink_tokens, self.floor_tokens, alpha_tokens, beta_64ths)
+                for beta_64ths in BETAS_64THS
+                for alpha_tokens in ALPHAS_TOKENS
+                if density_of(
+                    Span(self.sink_tokens, self.floor_tokens, alpha_tokens, beta_64ths),
+                    self.context_tokens,
+                )
+                < 0.9
+            ),
+            Span(self.sink_tokens, self.floor_tokens, 0, BETA_UNIT),
+        ]
+
+    def lengths_tokens(self) -> list[int]:
+        """Of the prompts, ascending."""
+        return [self.context_tokens // share for share in LENGTH_SHARES]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rule for each KV head, layer by layer.
+
+    Attributes:
+        aim: the length whose influence it keeps least, or all of them.
+        rules: index of each head's rule.
+        influence: by length, of what it hides.
+        kl_text: divergence from dense on the validation prompts.
+        kl_retrieval: likewise.
+        agreement_retrieval: share of the response tokens that dense chooses, too.
+    """
+
+    aim: str
+    rules: list[int]
+    influence: list[float]
+    kl_text: float = 0.0
+    kl_retrieval: float = 0.0
+    agreement_retrieval: float = 0.0
+
+    def named(self, name: str) -> str:
+        """A name of something that was found out about these rules."""
+        return f"{name} {hashlib.sha256(bytes(self.rules)).hexdigest()[:16]}"
+
+    @property
+    def loss(self) -> float:
+        """What the choice minimises: both kinds of prompt count the same."""
+        return (self.kl_text + self.kl_retrieval) / 2
+
+
+class Calibration:
+    """A model being calibrated.
+
+    Args:
+        settings: what for.
+        state: results that are known already; the others are added.
+        echo: takes lines for people.
+        progress: told of every step.
+    """
+
+    def __init__(
+        self, settings: ElasticSettings, state: SavedState, echo: Echo, progress: Progress
+    ) -> None:
+        self._settings, self._state = settings, state
+        self._echo, self._progress = echo, progress
+        self._rules = settings.rules()
+        self._model: SpannedModel | None = None
+
+    def run(self) -> tuple[Profile, dict[str, Any]]:
+        """All stages.
+
+        Returns:
+            A profile with MOA's section, and what the report shows.
+
+        Raises:
+            UserError: no plan keeps to the density, scipy is missing, or a model of an unknown
+                style.
+        """
+        influence = self._influence()
+        plans = self._validated(self._plans(influence))
+        best = min(plans, key=lambda plan: plan.loss)
+        for plan in plans:
+            self._echo(_line(plan, "chosen" if plan is best else "plan"))
+        shown = {
+            "plans": [asdict(plan) for plan in plans],
+            "curve": self._curve(influence),
+            "spans": [self._rules[rule] for rule in best.rules],
+        }
+        return self._profile(best, plans), shown
+
+    def _loaded(self) -> SpannedModel:
+        if self._model is None:
+            self._model = SpannedModel(self._settings.model)
+        return self._model
+
+    def _prompts(self, seed: int, lengths_tokens: Sequence[int], number: int) -> list[_Prompt]:
+        """As many of each kind at each length."""
+        import random
+
+        settings, tokenizer = self._settings, self._loaded().tokenizer
+        source = random.Random(seed)
+        texts = [tokenizer(text)["input_ids"] for text in corpora(settings.corpus)]
+        prompts = []
+        for length_tokens in lengths_tokens:
+            for index in range(number):
+                text = texts[index % len(texts)]
+                haystack = text if index % 2 else None
+                room = length_tokens - RESPONSE_TOKENS["retrieval"]
+                ids = needles_example(tokenizer, source, room, haystack)
+                prompts.append(_Prompt("retrieval", length_tokens, ids))
+                start = source.randrange(max(1, len(text) - length_tokens))
+                ids = text[start : start + length_tokens - RESPONSE_TOKENS["text"]]
+                prompts.append(_Prompt("text", length_tokens, ids))
+        return prompts
+
+    def _influence(self) -> dict[int, np.ndarray]:
+        """``[heads, rules]`` by length; both kinds of prompt count the same."""
+        settings = self._settings
+        total = settings.examples * 2 * len(LENGTH_SHARES)
+        names = [f"influence {number}" for number in range(total)]
+        if any(self._state.recall(name) is None for name in names):
+            prompts = self._prompts(settings.seed, settings.lengths_tokens(), settings.examples)
+            for number, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+                self._progress("measuring influence", number, total)
+                if self._state.recall(name) is None:
+                    self._state.keep(name, self._measure(prompt))
+            self._progress("measuring influence", total, total)
+        found = [self._state.recall(name) for name in names]
+        return {
+            length: _both_kinds([one for one in found if one["length_tokens"] == length])
+            for length in settings.lengths_tokens()
+        }
+
+    def _measure(self, prompt: _Prompt) -> dict[str, Any]:
+        model = self._loaded()
+        response, _ = model.respond(prompt.ids, RESPONSE_TOKENS[prompt.kind])
+        influence = Influence(self._rules, model.num_layers, model.num_kv_heads)
+        with model.attending(influence.attend):
+            influence.measure(model.model, prompt.ids + response, len(response))
+        costs = [[float(f"{cost:.4g}") for cost in head] for head in influence.total.flatten(0, 1)]
+        return {"kind": prompt.kind, "length_tokens": prompt.length_tokens, "costs": costs}
+
+    def _plans(self, influence: dict[int, np.ndarray]) -> list[Plan]:
+        aims = {str(length): {length: 1.0} for length in influence}
+        aims["all lengths"] = dict.fromkeys(influence, 1.0)
+        plans: list[Plan] = []
+        for number, (aim, weights) in enumerate(aims.items()):
+            self._progress("planning", number, len(aims))
+            costs = np.sum([weight * influence[length] for length, weight in weights.items()], 0)
+            rules = assign(self._program(costs, self._settings.density))
+            if all(rules != plan.rules for plan in plans):
+                paid = [_paid(one, rules) for one in influence.values()]
+                plans.append(Plan(aim, rules, paid))
+        self._progress("planning", len(aims), len(aims))
+        return plans
+
+    def _program(self, costs: np.ndarray, density: float) -> Program:
+        lengths = self._settings.lengths_tokens()
+        densities = [[density_of(rule, length) for rule in self._rules] for length in lengths]
+        return Program(costs, np.array(densities), density, group_size(len(costs)))
+
+    def _curve(self, influence: dict[int, np.ndarray]) -> list[tuple[float, float]]:
+        """Influence over all lengths by density: what another budget could give at best, with as
+        many classes as heads.
+        """
+        costs = np.sum(list(influence.values()), 0)
+        return [(share, round(least_cost(self._program(costs, share)), 4)) for share in CURVE]
+
+    def _validated(self, plans: list[Plan]) -> list[Plan]:
+        """The plans with their divergences."""
+        model, settings = self._loaded(), self._settings
+        length = min(VALIDATION_FACTOR * settings.context_tokens, model.max_tokens)
+        prompts = self._prompts(settings.seed + VALIDATION_SEED, [length], VALIDATIONS)
+        for number, prompt in enumerate(prompts):
+            self._progress("validating", number, len(prompts))
+            self._validate(f"validation {number}", prompt, plans)
+        self._progress("validating", len(prompts), len(prompts))
+        return [self._with_verdicts(plan, prompts) for plan in plans]
+
+    def _validate(self, name: str, prompt: _Prompt, plans: list[Plan]) -> None:
+        """Each plan's divergence on a prompt, where it is not known yet."""
+        missing = [plan for plan in plans if self._state.recall(plan.named(name)) is None]
+        if not missing:
+            return
+        model = self._loaded()
+        response, dense = model.respond(prompt.ids, RESPONSE_TOKENS[prompt.kind])
+        for plan in missing:
+            spans = [self._rules[rule] for rule in plan.rules]
+            given = model.logprobs(prompt.ids + response, len(response), spans)
+            kl = (dense.exp() * (dense - given)).sum(-1).mean()
+            agrees = (dense.argmax(-1) == given.argmax(-1)).float().mean()
+            verdict = {"kl": float(kl), "agreement": float(agrees)}
+            self._state.keep(plan.named(name), verdict)
+
+    def _with_verdicts(self, plan: Plan, prompts: list[_Prompt]) -> Plan:
+        verdicts = [self._state.recall(plan.named(f"validation {n}")) for n in range(len(prompts))]
+
+        def mean(kind: str, figure: str) -> float:
+            both = zip(prompts, verdicts, strict=True)
+            return round(float(np.mean([v[figure] for p, v in both if p.kind == kind])), 5)
+
+        return replace(
+            plan,
+            kl_text=mean("text", "kl"),
+            kl_retrieval=mean("retrieval", "kl"),
+            agreement_retrieval=mean("retrieval", "agreement"),
+        )
+
+    def _profile(self, best: Plan, plans: list[Plan]) -> Profile:
+        settings, model = self._settings, self._loaded()
+        used = sorted({*best.rules})
+        spans = [self._rules[rule] for rule in used]
+        heads = iter(best.rules)
+        section = HeadSpans(
+            sink_tokens=settings.sink_tokens,
+            floor_tokens=settings.floor_tokens,
+            classes=[[span.alpha_tokens, span.beta_64ths] for span in spans],
+            class_of_head=[
+                [used.index(rule) for rule in islice(heads, model.num_kv_heads)]
+                for _ in range(model.num_layers)
+            ],
+        )
+        served = [self._rules[rule] for rule in best.rules]
+        lengths = [*settings.lengths_tokens(), VALIDATION_FACTOR * settings.context_tokens]
+        config = read_model_config(settings.model)
+        return Profile(
+            schema_version=SCHEMA_VERSION,
+            fingerprint=fingerprint(settings.model),
+            model=settings.model.name,
+            num_layers=model.num_layers,
+            num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            calibration={
+                MOA.name: {
+                    **{name: _plain(value) for name, value in vars(settings).items()},
+                    "aim": best.aim,
+                    "density_at": {n: round(mean_density(served, n), 4) for n in lengths},
+                    "kl_text": best.kl_text,
+                    "kl_retrieval": best.kl_retrieval,
+                    "plans": [
+                        {key: value for key, value in asdict(plan).items() if key != "rules"}
+                        for plan in plans
+                    ],
+                }
+            },
+        ).with_section(MOA.name, section)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    kind: str
+    length_tokens: int
+    ids: list[int]
+
+
+def _both_kinds(samples: list[dict[str, Any]]) -> np.ndarray:
+    """``[heads, rules]``: each kind's mean over its prompts, scaled to a mean of one."""
+    parts = []
+    for kind in sorted({sample["kind"] for sample in samples}):
+        costs = np.mean([sample["costs"] for sample in samples if sample["kind"] == kind], axis=0)
+        parts.append(costs / max(float(costs.mean()), 1e-30))
+    return np.asarray(np.mean(parts, axis=0))
+
+
+def _paid(costs: np.ndarray, rules: list[int]) -> float:
+    return round(float(costs[np.arange(len(rules)), rules].sum()), 4)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.name  # no folder of the user's
+    return value if isinstance(value, int | float | None) else str(value)
+
+
+def _line(plan: Plan, title: str) -> str:
+    return (
+        f"{title} (least influence at {plan.aim}): KL text {plan.kl_text:.4f}, retrieval "
+        f"{plan.kl_retrieval:.4f}; top-1 retrieval {plan.agreement_retrieval:.1%}"
+    )

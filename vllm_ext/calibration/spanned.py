@@ -1,0 +1,158 @@
+"""A checkpoint in transformers whose KV heads see spans, in prefill and response alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvcache.spans import Span
+from vllm_ext.errors import UserError
+
+NAME = "vllm_ext_spans"
+CHUNK_TOKENS = 512  # queries that are masked at once
+
+
+class SpannedModel:
+    """Batch 1, fp32.
+
+    Attributes:
+        model: of transformers, its weights without gradients.
+        tokenizer: its own.
+
+    Raises:
+        UserError: a model of an unknown style.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+        self._attend: Callable[..., Any] = self._dense
+        AttentionInterface.register(NAME, lambda *args, **kwargs: self._attend(*args, **kwargs))
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=NAME
+        ).eval()
+        self.model.requires_grad_(False)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        layers = getattr(getattr(self.model, "model", None), "layers", None)
+        if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+            raise UserError(
+                f"{folder}: only decoder-only models with model.layers, each with a self_attn, "
+                "are known"
+            )
+        config = self.model.config
+        self.num_layers = len(layers)
+        self.num_kv_heads: int = (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+        self.max_tokens: int = config.max_position_embeddings
+        self._spans: Sequence[Span] = ()
+
+    @contextmanager
+    def attending(self, attend: Callable[..., Any]) -> Iterator[None]:
+        """Another attention function for a while."""
+        self._attend = attend
+        try:
+            yield
+        finally:
+            self._attend = self._dense
+
+    @torch.no_grad()
+    def respond(self, ids: list[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
+        """What the dense model says, greedily and until it ends.
+
+        Returns:
+            The tokens, and ``[tokens, vocabulary]`` log-probabilities.
+        """
+        prompt = torch.tensor([ids], device=self.model.device)
+        given = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        response: list[int] = given.sequences[0, len(ids) :].tolist()
+        return response, torch.cat(given.logits).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def logprobs(self, ids: list[int], response_tokens: int, spans: Sequence[Span]) -> torch.Tensor:
+        """``[response_tokens, vocabulary]``, of the last tokens given those before them.
+
+        Args:
+            ids: prompt and response.
+            response_tokens: at their end.
+            spans: of each KV head, layer by layer.
+        """
+        tokens = torch.tensor([ids[:-1]], device=self.model.device)
+        self._spans = spans
+        with self.attending(self._spanned):
+            hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        logprobs: torch.Tensor = self.model.lm_head(hidden[0, -response_tokens:]).log_softmax(-1)
+        return logprobs
+
+    @staticmethod
+    def _dense(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        out = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=query.shape[2] == key.shape[2],
+            scale=scaling,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    def _spanned(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        out = torch.empty_like(query)
+        group, num_tokens = query.shape[1] // self.num_kv_heads, query.shape[2]
+        first_span = module.layer_idx * self.num_kv_heads
+        for head, span in enumerate(self._spans[first_span : first_span + self.num_kv_heads]):
+            heads = slice(head * group, (head + 1) * group)
+            for first in range(0, num_tokens, CHUNK_TOKENS):
+                queries = slice(first, min(first + CHUNK_TOKENS, num_tokens))
+                tokens, mask = _visible(span, queries, key.device)
+                out[:, heads, queries] = scaled_dot_product_attention(
+                    query[:, heads, queries],
+                    key[:, head : head + 1, tokens],
+                    value[:, head : head + 1, tokens],
+                    attn_mask=mask,
+                    scale=scaling,
+                    enable_gqa=True,
+                )
+        return out.transpose(1, 2).contiguous(), None
+
+
+def _visible(span: Span, queries: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens that some of these queries see, ``[tokens]``, and which do, ``[queries, tokens]``."""
+    sinks = min(span.sink_tokens, queries.stop)
+    behind = max(sinks, span.first_seen(queries.start + 1))
+    tokens = torch.cat([torch.arange(sinks), torch.arange(behind, queries.stop)])
+    positions = torch.arange(queries.start, queries.stop)
+    first_seen = torch.tensor([span.first_seen(p + 1) for p in positions.tolist()])
+    is_near = tokens >= first_seen[:, None]
+    mask = (tokens <= positions[:, None]) & (is_near | (tokens < span.sink_tokens))
+    return tokens.to(device), mask.to(device)

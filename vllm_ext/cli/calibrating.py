@@ -1,0 +1,111 @@
+"""What the calibrating commands share: progress on a terminal, and profiles on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from attn_backends.config import ConfigError
+from attn_backends.profile import Profile, load_profile
+from vllm_ext.errors import UserError
+
+
+class Bars:
+    """A progress bar of the work being done, and lines above it."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._title = ""
+
+    def show(self, title: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of what is being done."""
+        if title != self._title:
+            self._close()
+            self._bar, self._title = tqdm(total=total, desc=title, unit="step"), title
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._close()
+
+    def echo(self, line: str) -> None:
+        """Prints a line; what the bar showed is over."""
+        self._close()
+        print(line, flush=True)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._title = None, ""
+
+
+def require_files(model: Path, corpus: Path | None) -> None:
+    """What is calibrated, and on which text, must be there.
+
+    Raises:
+        UserError: names what is not.
+    """
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model} is not a model folder (no config.json)")
+    if corpus is not None and not corpus.is_file():
+        raise UserError(f"--corpus: {corpus} does not exist")
+
+
+def require_least(given: Any, lowest_of: dict[str, int]) -> None:
+    """Numbers that must not be less.
+
+    Args:
+        given: has them as attributes.
+        lowest_of: by name.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for name, lowest in lowest_of.items():
+        if getattr(given, name) < lowest:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {getattr(given, name)}; it must be at least {lowest}")
+
+
+def earlier_profile(path: Path, fingerprint: str) -> Profile | None:
+    """A profile that is there already and gains a section.
+
+    Raises:
+        UserError: the file is something else, or another checkpoint's.
+    """
+    if not path.exists():
+        return None
+    try:
+        profile = load_profile(path)
+    except ConfigError as error:
+        raise UserError(f"--output: {error}; remove it, or write to another file") from None
+    if profile.fingerprint != fingerprint:
+        raise UserError(
+            f"--output: {path} is the profile of another checkpoint ({profile.model}); write to "
+            "another file"
+        )
+    return profile
+
+
+def joined(earlier: Profile | None, profile: Profile) -> Profile:
+    """A new profile with the sections that it lacks and an earlier one has."""
+    if earlier is None:
+        return profile
+    return Profile(
+        **dict(profile)
+        | {
+            "methods": earlier.methods | profile.methods,
+            "files": earlier.files | profile.files,
+            "findings": profile.findings or earlier.findings,
+            "calibration": earlier.calibration | profile.calibration,
+        }
+    )
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(profile.model_dump_json(indent=1) + "\n")
+    os.replace(partial, path)

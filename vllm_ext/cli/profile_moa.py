@@ -1,0 +1,114 @@
+"""``vllm-ext profile MODEL --method moa``: calibrates MOA for a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from attn_backends.methods.moa import METHOD as MOA
+from attn_backends.profile import fingerprint
+from vllm_ext.calibration import elastic_report
+from vllm_ext.calibration.elastic import Calibration, ElasticSettings
+from vllm_ext.calibration.state import SavedState
+from vllm_ext.cli.calibrating import (
+    Bars,
+    earlier_profile,
+    joined,
+    require_files,
+    require_least,
+    write_profile,
+)
+from vllm_ext.errors import UserError
+
+LEAST_CONTEXT_TOKENS = 1024
+
+
+def is_asked(argv: list[str]) -> bool:
+    """Whether arguments of ``vllm-ext profile`` ask for MOA."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--method")
+    try:
+        asked, _ = parser.parse_known_args(argv)
+    except argparse.ArgumentError:  # the whole parser says what is wrong
+        return False
+    return bool(asked.method == "moa")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-ext profile --method moa",
+        description="Find out what each KV head of a checkpoint needs to see.",
+    )
+    parser.add_argument("--method", choices=("moa",), help=argparse.SUPPRESS)
+    parser.add_argument("model", type=Path, help="model folder (Llama, Qwen or Mistral style)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="the profile to write, JSON; one that is there gains what MOA needs",
+    )
+    parser.add_argument(
+        "--density",
+        type=float,
+        metavar="SHARE",
+        help="of its tokens that a head keeps, on average over heads (%(default)s)",
+    )
+    for setting, text in (
+        ("context-tokens", "longest prompt; validated at twice that"),
+        ("examples", "prompts of each kind and length"),
+        ("sink-tokens", "first tokens that every head sees"),
+        ("floor-tokens", "least tokens before it that a query sees"),
+        ("seed", "for the choice of prompts"),
+    ):
+        parser.add_argument(f"--{setting}", type=int, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--corpus", type=Path, help="calibration text (default: Python's library)")
+    settings = (field for field in fields(ElasticSettings) if field.default is not MISSING)
+    parser.set_defaults(**{field.name: field.default for field in settings})
+    return parser
+
+
+def _checked(args: argparse.Namespace) -> ElasticSettings:
+    """The settings from the flags.
+
+    Raises:
+        UserError: a flag out of its range, or a file that is not there.
+    """
+    require_files(args.model, args.corpus)
+    if not 0 < args.density <= 1:
+        raise UserError(f"--density is {args.density}; it must be above 0 and at most 1")
+    lowest_of = {"context_tokens": LEAST_CONTEXT_TOKENS, "examples": 1, "seed": 0}
+    require_least(args, lowest_of | {"sink_tokens": 0, "floor_tokens": 1})
+    return ElasticSettings(
+        **{field.name: getattr(args, field.name) for field in fields(ElasticSettings)}
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Calibrates and writes the profile.
+
+    Raises:
+        UserError: bad arguments, or a model of an unknown style.
+    """
+    args = _parser().parse_args(argv)
+    settings = _checked(args)
+    earlier = earlier_profile(args.output, fingerprint(settings.model))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    bars, started = Bars(), time.monotonic()
+    state = SavedState(args.output.with_suffix(".state.json"), settings.key())
+    if len(state):
+        bars.echo(f"going on from {state.path}: {len(state)} measurements are known")
+    profile, shown = Calibration(settings, state, bars.echo, bars.show).run()
+    write_profile(joined(earlier, profile), args.output)
+    image, text = args.output.with_suffix(".moa.png"), args.output.with_suffix(".moa.md")
+    drawn = elastic_report.span_map(profile, shown, image)
+    text.write_text(elastic_report.markdown(profile, shown, image if drawn else None))
+    state.forget()
+    minutes = (time.monotonic() - started) / 60
+    rest = f", {image.name}" if drawn else " (no span map: matplotlib is not installed)"
+    bars.echo(f"written in {minutes:.1f} min: {args.output}, {text.name}{rest}")
+    bars.echo(f"use it with --attention-backend {MOA.name} --profile {args.output}")
+    return 0
