@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,16 @@ def group_size(num_heads: int) -> int:
     )
 
 
+def require_solver() -> None:
+    """Asked before anything long is begun.
+
+    Raises:
+        UserError: scipy is not installed.
+    """
+    if find_spec("scipy") is None:
+        raise UserError('the solver is not installed; in this folder: pip install ".[profile]"')
+
+
 def assign(program: Program) -> list[int]:
     """A rule for each head.
 
@@ -77,13 +88,10 @@ def least_cost(program: Program) -> float:
 
 def _solve(program: Program, is_integral: bool) -> Any:
     """scipy's result; variables are x[head, rule], then z[rule, k - 1]: a rule has k groups."""
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError:
-        raise UserError(
-            'the solver is not installed; install it with: pip install "vllm-ext[profile]"'
-        ) from None
+    require_solver()
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     heads, rules = program.costs.shape
     groups = heads // program.group
     rows, lower, upper = _constraints(program, heads, rules, groups)

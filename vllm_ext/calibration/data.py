@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,22 @@ def corpora(path: Path | None) -> list[str]:
         "\n".join((library / f"{name}.py").read_text(encoding="utf-8") for name in names)
         for names in (_CODE, _PROSE)
     ]
+
+
+def require_long_enough(
+    texts: Sequence[Sequence[int]], corpus: Path | None, longest_tokens: int
+) -> None:
+    """Examples are cut from texts.
+
+    Raises:
+        UserError: a text is shorter than the longest example.
+    """
+    shortest = min(len(ids) for ids in texts)
+    if shortest < longest_tokens:
+        raise UserError(
+            f"--corpus {corpus} has {shortest} tokens, less than the {longest_tokens} "
+            "of the longest example; give a longer one, or fewer --context-tokens"
+        )
 
 
 def retrieval_example(
@@ -130,12 +147,7 @@ def make_examples(
     """
     source = random.Random(seed)
     texts = [tokenizer(text)["input_ids"] for text in corpora(corpus_path)]
-    shortest = min(len(ids) for ids in texts)
-    if shortest < sizes.context_tokens:
-        raise UserError(
-            f"--corpus {corpus_path} has {shortest} tokens, less than the {sizes.context_tokens} "
-            "of the longest example; give a longer one, or fewer --context-tokens"
-        )
+    require_long_enough(texts, corpus_path, sizes.context_tokens)
     examples = []
     for number in range(sizes.examples):
         lengths = [

@@ -12,10 +12,9 @@ Nothing is printed here and no file of the user's is written: the command does b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,18 @@ from vllm_ext.calibration.assignment import (
     group_size,
     least_cost,
     mean_density,
+    require_solver,
 )
-from vllm_ext.calibration.data import corpora, needles_example
+from vllm_ext.calibration.elastic_prompts import RESPONSE_TOKENS, Prompt, make_prompts
 from vllm_ext.calibration.influence import Influence
+from vllm_ext.calibration.plans import Plan
 from vllm_ext.calibration.spanned import SpannedModel
 from vllm_ext.calibration.state import SavedState
 
 ALPHAS_TOKENS = (0, 256, 512, 1024, 2048)
 BETAS_64THS = (0, 4, 8, 12, 16, 24, 32, 40, 48)
+LEAST_SAVING = 0.9  # a rule that keeps more of the longest prompt is not worth a class
 LENGTH_SHARES = (4, 2, 1)  # of the longest prompt
-RESPONSE_TOKENS = {"retrieval": 12, "text": 48}
 VALIDATION_FACTOR = 2  # as long as the longest prompt
 VALIDATION_SEED = 1_000_003
 VALIDATIONS = 2  # prompts of each kind
@@ -82,53 +83,16 @@ class ElasticSettings:
 
     def rules(self) -> list[Span]:
         """The spans that heads may get; the last hides nothing."""
-        return [
-            *(
-                Span(self.sink_tokens, self.floor_tokens, alpha_tokens, beta_64ths)
-                for beta_64ths in BETAS_64THS
-                for alpha_tokens in ALPHAS_TOKENS
-                if density_of(
-                    Span(self.sink_tokens, self.floor_tokens, alpha_tokens, beta_64ths),
-                    self.context_tokens,
-                )
-                < 0.9
-            ),
-            Span(self.sink_tokens, self.floor_tokens, 0, BETA_UNIT),
+        spans = [
+            Span(self.sink_tokens, self.floor_tokens, alpha_tokens, beta_64ths)
+            for beta_64ths, alpha_tokens in product(BETAS_64THS, ALPHAS_TOKENS)
         ]
+        saving = [one for one in spans if density_of(one, self.context_tokens) < LEAST_SAVING]
+        return [*saving, Span(self.sink_tokens, self.floor_tokens, 0, BETA_UNIT)]
 
     def lengths_tokens(self) -> list[int]:
         """Of the prompts, ascending."""
         return [self.context_tokens // share for share in LENGTH_SHARES]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A rule for each KV head, layer by layer.
-
-    Attributes:
-        aim: the length whose influence it keeps least, or all of them.
-        rules: index of each head's rule.
-        influence: by length, of what it hides.
-        kl_text: divergence from dense on the validation prompts.
-        kl_retrieval: likewise.
-        agreement_retrieval: share of the response tokens that dense chooses, too.
-    """
-
-    aim: str
-    rules: list[int]
-    influence: list[float]
-    kl_text: float = 0.0
-    kl_retrieval: float = 0.0
-    agreement_retrieval: float = 0.0
-
-    def named(self, name: str) -> str:
-        """A name of something that was found out about these rules."""
-        return f"{name} {hashlib.sha256(bytes(self.rules)).hexdigest()[:16]}"
-
-    @property
-    def loss(self) -> float:
-        """What the choice minimises: both kinds of prompt count the same."""
-        return (self.kl_text + self.kl_retrieval) / 2
 
 
 class Calibration:
@@ -156,14 +120,21 @@ class Calibration:
             A profile with MOA's section, and what the report shows.
 
         Raises:
-            UserError: no plan keeps to the density, scipy is missing, or a model of an unknown
-                style.
+            UserError: no plan keeps to the density, scipy is missing, a model of an unknown style,
+                or too short a corpus.
         """
-        influence = self._influence()
-        plans = self._validated(self._plans(influence))
+        require_solver()
+        settings = self._settings
+        # All at once: a corpus that is too short must not be found out after half an hour.
+        measured = self._prompts(settings.seed, settings.lengths_tokens(), settings.examples)
+        validated = self._prompts(
+            settings.seed + VALIDATION_SEED, [self._validated_tokens()], VALIDATIONS
+        )
+        influence = self._influence(measured)
+        plans = self._validated(self._plans(influence), validated)
         best = min(plans, key=lambda plan: plan.loss)
         for plan in plans:
-            self._echo(_line(plan, "chosen" if plan is best else "plan"))
+            self._echo(plan.line("chosen" if plan is best else "plan"))
         shown = {
             "plans": [asdict(plan) for plan in plans],
             "curve": self._curve(influence),
@@ -176,45 +147,27 @@ class Calibration:
             self._model = SpannedModel(self._settings.model)
         return self._model
 
-    def _prompts(self, seed: int, lengths_tokens: Sequence[int], number: int) -> list[_Prompt]:
+    def _prompts(self, seed: int, lengths_tokens: Sequence[int], number: int) -> list[Prompt]:
         """As many of each kind at each length."""
-        import random
+        tokenizer, corpus = self._loaded().tokenizer, self._settings.corpus
+        return make_prompts(tokenizer, seed, corpus, lengths_tokens, number)
 
-        settings, tokenizer = self._settings, self._loaded().tokenizer
-        source = random.Random(seed)
-        texts = [tokenizer(text)["input_ids"] for text in corpora(settings.corpus)]
-        prompts = []
-        for length_tokens in lengths_tokens:
-            for index in range(number):
-                text = texts[index % len(texts)]
-                haystack = text if index % 2 else None
-                room = length_tokens - RESPONSE_TOKENS["retrieval"]
-                ids = needles_example(tokenizer, source, room, haystack)
-                prompts.append(_Prompt("retrieval", length_tokens, ids))
-                start = source.randrange(max(1, len(text) - length_tokens))
-                ids = text[start : start + length_tokens - RESPONSE_TOKENS["text"]]
-                prompts.append(_Prompt("text", length_tokens, ids))
-        return prompts
-
-    def _influence(self) -> dict[int, np.ndarray]:
+    def _influence(self, prompts: list[Prompt]) -> dict[int, np.ndarray]:
         """``[heads, rules]`` by length; both kinds of prompt count the same."""
-        settings = self._settings
-        total = settings.examples * 2 * len(LENGTH_SHARES)
-        names = [f"influence {number}" for number in range(total)]
-        if any(self._state.recall(name) is None for name in names):
-            prompts = self._prompts(settings.seed, settings.lengths_tokens(), settings.examples)
-            for number, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-                self._progress("measuring influence", number, total)
-                if self._state.recall(name) is None:
-                    self._state.keep(name, self._measure(prompt))
-            self._progress("measuring influence", total, total)
-        found = [self._state.recall(name) for name in names]
+        found = []
+        for number, prompt in enumerate(prompts):
+            self._progress("measuring influence", number, len(prompts))
+            name = f"influence {number}"
+            if self._state.recall(name) is None:
+                self._state.keep(name, self._measure(prompt))
+            found.append(self._state.recall(name))
+        self._progress("measuring influence", len(prompts), len(prompts))
         return {
             length: _both_kinds([one for one in found if one["length_tokens"] == length])
-            for length in settings.lengths_tokens()
+            for length in self._settings.lengths_tokens()
         }
 
-    def _measure(self, prompt: _Prompt) -> dict[str, Any]:
+    def _measure(self, prompt: Prompt) -> dict[str, Any]:
         model = self._loaded()
         response, _ = model.respond(prompt.ids, RESPONSE_TOKENS[prompt.kind])
         influence = Influence(self._rules, model.num_layers, model.num_kv_heads)
@@ -224,13 +177,12 @@ class Calibration:
         return {"kind": prompt.kind, "length_tokens": prompt.length_tokens, "costs": costs}
 
     def _plans(self, influence: dict[int, np.ndarray]) -> list[Plan]:
-        aims = {str(length): {length: 1.0} for length in influence}
-        aims["all lengths"] = dict.fromkeys(influence, 1.0)
+        aims = {str(length): [costs] for length, costs in influence.items()}
+        aims["all lengths"] = list(influence.values())
         plans: list[Plan] = []
-        for number, (aim, weights) in enumerate(aims.items()):
+        for number, (aim, costs) in enumerate(aims.items()):
             self._progress("planning", number, len(aims))
-            costs = np.sum([weight * influence[length] for length, weight in weights.items()], 0)
-            rules = assign(self._program(costs, self._settings.density))
+            rules = assign(self._program(np.sum(costs, axis=0), self._settings.density))
             if all(rules != plan.rules for plan in plans):
                 paid = [_paid(one, rules) for one in influence.values()]
                 plans.append(Plan(aim, rules, paid))
@@ -246,21 +198,22 @@ class Calibration:
         """Influence over all lengths by density: what another budget could give at best, with as
         many classes as heads.
         """
-        costs = np.sum(list(influence.values()), 0)
+        costs = np.sum(list(influence.values()), axis=0)
         return [(share, round(least_cost(self._program(costs, share)), 4)) for share in CURVE]
 
-    def _validated(self, plans: list[Plan]) -> list[Plan]:
+    def _validated(self, plans: list[Plan], prompts: list[Prompt]) -> list[Plan]:
         """The plans with their divergences."""
-        model, settings = self._loaded(), self._settings
-        length = min(VALIDATION_FACTOR * settings.context_tokens, model.max_tokens)
-        prompts = self._prompts(settings.seed + VALIDATION_SEED, [length], VALIDATIONS)
         for number, prompt in enumerate(prompts):
             self._progress("validating", number, len(prompts))
             self._validate(f"validation {number}", prompt, plans)
         self._progress("validating", len(prompts), len(prompts))
         return [self._with_verdicts(plan, prompts) for plan in plans]
 
-    def _validate(self, name: str, prompt: _Prompt, plans: list[Plan]) -> None:
+    def _validated_tokens(self) -> int:
+        """Of the prompts that plans are validated on: twice the longest, if the model has room."""
+        return min(VALIDATION_FACTOR * self._settings.context_tokens, self._loaded().max_tokens)
+
+    def _validate(self, name: str, prompt: Prompt, plans: list[Plan]) -> None:
         """Each plan's divergence on a prompt, where it is not known yet."""
         missing = [plan for plan in plans if self._state.recall(plan.named(name)) is None]
         if not missing:
@@ -275,7 +228,7 @@ class Calibration:
             verdict = {"kl": float(kl), "agreement": float(agrees)}
             self._state.keep(plan.named(name), verdict)
 
-    def _with_verdicts(self, plan: Plan, prompts: list[_Prompt]) -> Plan:
+    def _with_verdicts(self, plan: Plan, prompts: list[Prompt]) -> Plan:
         verdicts = [self._state.recall(plan.named(f"validation {n}")) for n in range(len(prompts))]
 
         def mean(kind: str, figure: str) -> float:
@@ -304,7 +257,7 @@ class Calibration:
             ],
         )
         served = [self._rules[rule] for rule in best.rules]
-        lengths = [*settings.lengths_tokens(), VALIDATION_FACTOR * settings.context_tokens]
+        lengths = [*settings.lengths_tokens(), self._validated_tokens()]
         config = read_model_config(settings.model)
         return Profile(
             schema_version=SCHEMA_VERSION,
@@ -315,6 +268,7 @@ class Calibration:
             calibration={
                 MOA.name: {
                     **{name: _plain(value) for name, value in vars(settings).items()},
+                    "validated_tokens": self._validated_tokens(),
                     "aim": best.aim,
                     "density_at": {n: round(mean_density(served, n), 4) for n in lengths},
                     "kl_text": best.kl_text,
@@ -326,13 +280,6 @@ class Calibration:
                 }
             },
         ).with_section(MOA.name, section)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    kind: str
-    length_tokens: int
-    ids: list[int]
 
 
 def _both_kinds(samples: list[dict[str, Any]]) -> np.ndarray:
@@ -352,10 +299,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return value.name  # no folder of the user's
     return value if isinstance(value, int | float | None) else str(value)
-
-
-def _line(plan: Plan, title: str) -> str:
-    return (
-        f"{title} (least influence at {plan.aim}): KL text {plan.kl_text:.4f}, retrieval "
-        f"{plan.kl_retrieval:.4f}; top-1 retrieval {plan.agreement_retrieval:.1%}"
-    )

@@ -1,0 +1,43 @@
+"""Assignments of spans to KV heads, and what was found out about them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rule for each KV head, layer by layer.
+
+    Attributes:
+        aim: the length whose influence it keeps least, or all of them.
+        rules: index of each head's rule.
+        influence: by length, of what it hides.
+        kl_text: divergence from dense on the validation prompts.
+        kl_retrieval: likewise.
+        agreement_retrieval: share of the response tokens that dense chooses, too.
+    """
+
+    aim: str
+    rules: list[int]
+    influence: list[float]
+    kl_text: float = 0.0
+    kl_retrieval: float = 0.0
+    agreement_retrieval: float = 0.0
+
+    def named(self, name: str) -> str:
+        """A name of something that was found out about these rules."""
+        return f"{name} {hashlib.sha256(bytes(self.rules)).hexdigest()[:16]}"
+
+    def line(self, title: str) -> str:
+        """For people."""
+        return (
+            f"{title} (least influence at {self.aim}): KL text {self.kl_text:.4f}, retrieval "
+            f"{self.kl_retrieval:.4f}; top-1 retrieval {self.agreement_retrieval:.1%}"
+        )
+
+    @property
+    def loss(self) -> float:
+        """What the choice minimises: both kinds of prompt count the same."""
+        return (self.kl_text + self.kl_retrieval) / 2
