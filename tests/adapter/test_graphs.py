@@ -198,6 +198,7 @@ class _Runner:
         return self._run(metadata, padded)
 
 
+# Those that need one keep heads apart, which is refused under graphs.
 @pytest.mark.parametrize("method", [n for n in REGISTRY if not load_method(n).needs_profile])
 def test_what_is_captured_is_right_for_every_padded_batch(
     method: str, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ import pytest
 from attn_backends.config import ConfigError
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.profile import fingerprint, load_profile, shipped_profile
+from tests.profiles import HEADER, PROFILE, SECTIONS
 from vllm_ext.calibration.state import SavedState
 from vllm_ext.cli.policy_file import read_policy
 from vllm_ext.engine_process import kv_token_bytes
@@ -105,27 +106,10 @@ def test_a_name_that_no_file_can_have_is_refused(reader: str, name: str) -> None
     assert "cannot be read" in _refusal(READERS[reader], Path(name))
 
 
-SECTIONS = {
-    "TIDAL_DECODE": {
-        "dense_layers": [0],
-        "anchor_layers": [1],
-        "head_maps": {"2": [1, 0]},
-        "drop_layers": [3],
-    },
-    "SINK_WINDOW": {"full_layers": [0], "full_heads": {"2": [1]}, "drop_layers": [3]},
-    "MOA": {
-        "sink_tokens": 64,
-        "floor_tokens": 128,
-        "classes": [[0, 64], [512, 0]],
-        "class_of_head": [[0, 0], [0, 1], [1, 0], [1, 1]],
-    },
-}
-HEADER = {"fingerprint": "0" * 64, "model": "m", "num_layers": 4, "num_kv_heads": 2}
 PROFILES: dict[str, dict[str, Any]] = {
-    "version 2": HEADER
-    | {"schema_version": 2, "methods": SECTIONS, "files": {"a.json": "0" * 64}, "calibration": {}},
+    "version 2": PROFILE,
     "version 1": HEADER
-    | {"schema_version": 1, "full_layers": [2], "window_layers": [], "calibration": {}}
+    | {"schema_version": 1, "full_layers": [2], "window_layers": []}
     | SECTIONS["TIDAL_DECODE"],
 }
 ABSURD: tuple[Any, ...] = (

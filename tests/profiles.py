@@ -1,0 +1,48 @@
+"""What a profile may say to each method that reads one, for a model of six layers of two KV heads.
+
+A new method with a ``profile_section`` gets its section here; tests that take every method read it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+NUM_LAYERS, NUM_KV_HEADS = 6, 2
+SECTIONS: dict[str, dict[str, Any]] = {
+    "TIDAL_DECODE": {
+        "dense_layers": [0],
+        "anchor_layers": [1],
+        "head_maps": {"2": [1, 0]},
+        "drop_layers": [3],
+    },
+    "SINK_WINDOW": {"full_layers": [0], "full_heads": {"2": [1]}, "drop_layers": [3]},
+    "MOA": {
+        "sink_tokens": 40,
+        "floor_tokens": 128,
+        "classes": [[0, 64], [200, 0], [-64, 24]],  # full heads, a window, and one that grows
+        "class_of_head": [[0, 1], [1, 2], [2, 0], [0, 1], [1, 2], [2, 0]],
+    },
+}
+HEADER = {
+    "fingerprint": "0" * 64,
+    "model": "m",
+    "num_layers": NUM_LAYERS,
+    "num_kv_heads": NUM_KV_HEADS,
+    "calibration": {},
+}
+PROFILE = HEADER | {"schema_version": 2, "methods": SECTIONS, "files": {"a.json": "0" * 64}}
+
+
+def write_profile(path: Path) -> str:
+    """All sections.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The path, as settings take it.
+    """
+    path.write_text(json.dumps(PROFILE))
+    return str(path)
