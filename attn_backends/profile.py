@@ -64,7 +64,7 @@ class ProfileSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    made_by: ClassVar[str] = "vllm-ext profile MODEL --output FILE"
+    made_by: ClassVar[str]
 
     def require_shape(self, num_layers: int, num_kv_heads: int) -> None:
         """Refuses what a model of this shape does not have, or cannot be given at once.

@@ -23,7 +23,7 @@ import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -63,6 +63,8 @@ class AnchorSection(ProfileSection):
             index: the anchor's head that each one follows.
         drop_layers: attend nothing and keep nothing (LLM-Drop).
     """
+
+    made_by: ClassVar[str] = "vllm-ext profile MODEL --output FILE"
 
     dense_layers: list[int]
     anchor_layers: list[int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from attn_backends.batch import BlockSelection
 from attn_backends.config import MethodConfig
 from attn_backends.method import Geometry, Selector, SparseMethod
+from attn_backends.methods import REGISTRY, load_method
 from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
 from attn_backends.methods.sink_window import SinkWindowConfig
 from attn_backends.methods.sparse_full import METHOD as SPARSE_FULL
@@ -130,3 +132,15 @@ def test_rules_cover_prefill_rows_too() -> None:
     rule = plan.layers[0].rule
     assert rule is not None
     assert rule.values.tolist() == [[[32, 256, 0, 0], [0, 64, 0, 0]]] * 3
+
+
+@pytest.mark.parametrize("name", [n for n in REGISTRY if not load_method(n).needs_profile])
+def test_what_is_computed_from_sparse_rows_serves_no_later_prompt(name: str) -> None:
+    """Where prefill reads everything that decode leaves out."""
+    method, geometry = load_method(name), Geometry(6, 2, 4, 32, 32, 8, 2048)
+    config = method.config_cls()
+    schedule = method.schedule(config, geometry)
+    policies = [entry.policy for entry in method.entries(config, schedule, geometry)]
+    assert policies
+    if schedule.narrows_decode_only:
+        assert not any(policy.caches_generated for policy in policies)

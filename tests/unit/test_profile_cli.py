@@ -28,13 +28,26 @@ from vllm_ext.cli import main
         (["MODEL", "--output", "p.json", "--block-size", "0"], ["--block-size", "at least 1"]),
         (["MODEL", "--output", "p.json", "--budget-tokens", "64"], ["--budget-tokens", "96"]),
         (["MODEL", "--check", "gone.json"], ["gone.json", "cannot be read"]),
+        (["MODEL", "--output", "p.json", "--method", "flux"], ["--method", "tidal_decode, moa"]),
+        (
+            ["MODEL", "--method", "moa", "--output", "p.json", "--density", "1.5"],
+            ["--density", "at most 1"],
+        ),
+        (
+            ["MODEL", "--method", "moa", "--output", "p.json", "--context-tokens", "600"],
+            ["--context-tokens", "at least 1024"],
+        ),
+        (["nowhere", "--method", "moa", "--output", "p.json"], ["nowhere", "config.json"]),
+        (["MODEL", "--method", "moa", "--output", "OTHER"], ["--output", "is not valid"]),
     ],
 )
 def test_mistakes_are_one_line(
     argv: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert main(["profile", *(str(tmp_path) if word == "MODEL" else word for word in argv)]) == 2
+    (tmp_path / "other.json").write_text("[]")
+    places = {"MODEL": str(tmp_path), "OTHER": str(tmp_path / "other.json")}
+    assert main(["profile", *(places.get(word, word) for word in argv)]) == 2
     message = capsys.readouterr().err
     assert len(message.strip().splitlines()) == 1
     for word in words:

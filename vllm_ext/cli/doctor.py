@@ -12,9 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from attn_backends.config import ConfigError
 from attn_backends.methods import REGISTRY
 from vllm_ext import __version__, plugin
 from vllm_ext.errors import UserError
+from vllm_ext.methods import check_settings
 
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -110,12 +112,13 @@ def _report_device(platform: Any) -> None:
     )
 
 
-def self_test(model: str | None, method: str) -> list[str]:
+def self_test(model: str | None, method: str, profile: str | None = None) -> list[str]:
     """Decodes a few tokens with the method and reads the counters back.
 
     Args:
         model: model folder, or None for a tiny random one.
         method: the backend's name.
+        profile: of the model, for a method that reads one.
 
     Returns:
         What is wrong; empty when every decode row was served by the method.
@@ -135,6 +138,7 @@ def self_test(model: str | None, method: str) -> list[str]:
             options = {"model": folder, "load_format": "dummy", "skip_tokenizer_init": True}
         llm = LLM(
             attention_backend=method,
+            additional_config={"vllm_ext": {"profile": profile}} if profile else {},
             kv_cache_memory_bytes=256 << 20,
             max_model_len=2048,
             seed=0,
@@ -221,6 +225,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="vllm-ext doctor", description="Check this machine.")
     parser.add_argument("model", nargs="?", help="model folder (default: a tiny random model)")
     parser.add_argument("--attention-backend", default="SINK_WINDOW", metavar="NAME")
+    parser.add_argument("--profile", metavar="FILE", help="for a method that reads one")
     args = parser.parse_args(argv)
     method = args.attention_backend.upper()
     if method not in REGISTRY:
@@ -229,6 +234,11 @@ def main(argv: list[str]) -> int:
         )
     if args.model and not Path(args.model, "config.json").is_file():
         raise UserError(f"{args.model} is not a model folder (no config.json)")
+    settings = {"profile": args.profile} if args.profile else {}
+    try:
+        check_settings(method, settings)
+    except ConfigError as error:
+        raise UserError(str(error)) from None
     report_versions()
     if plugin.disabled():
         raise UserError(f"{plugin.DISABLE_ENV} is set: the extension is switched off")
@@ -238,7 +248,7 @@ def main(argv: list[str]) -> int:
         raise UserError(str(error)) from None
     problems = report_platform()
     if not problems:
-        problems = self_test(args.model, method)
+        problems = self_test(args.model, method, args.profile)
     for problem in problems:
         print(f"PROBLEM: {problem}")
     print("all well" if not problems else f"{len(problems)} problem(s)")

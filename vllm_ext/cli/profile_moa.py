@@ -26,23 +26,11 @@ from vllm_ext.errors import UserError
 LEAST_CONTEXT_TOKENS = 1024
 
 
-def is_asked(argv: list[str]) -> bool:
-    """Whether arguments of ``vllm-ext profile`` ask for MOA."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--method")
-    try:
-        asked, _ = parser.parse_known_args(argv)
-    except argparse.ArgumentError:  # the whole parser says what is wrong
-        return False
-    return bool(asked.method == "moa")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-ext profile --method moa",
         description="Find out what each KV head of a checkpoint needs to see.",
     )
-    parser.add_argument("--method", choices=("moa",), help=argparse.SUPPRESS)
     parser.add_argument("model", type=Path, help="model folder (Llama, Qwen or Mistral style)")
     parser.add_argument(
         "--output",
@@ -98,7 +86,7 @@ def main(argv: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     bars, started = Bars(), time.monotonic()
-    state = SavedState(args.output.with_suffix(".state.json"), settings.key())
+    state = SavedState(args.output.with_suffix(".moa.state.json"), settings.key())
     if len(state):
         bars.echo(f"going on from {state.path}: {len(state)} measurements are known")
     profile, shown = Calibration(settings, state, bars.echo, bars.show).run()
