@@ -14,9 +14,9 @@ import torch
 from kvcache.spans import BETA_UNIT, Span
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PagedBatch:
-    """Rows (requests) of one step over a paged KV cache.
+    """Rows (requests) of one step over a paged KV cache; equal to itself alone.
 
     Query tokens of row ``r`` are ``query_start_loc[r]:query_start_loc[r + 1]``; they are
     the *last* tokens of the row's ``seq_lens[r]`` tokens, whose keys and values are
@@ -128,8 +128,7 @@ class BlockSelection:
         blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
         return cls(blocks, torch.zeros(shape[:2], dtype=torch.int32, device=device))
 
-    def rows(self, num_rows: int) -> BlockSelection:
-        """The first rows; views."""
-        return replace(
-            self, logical_blocks=self.logical_blocks[:num_rows], counts=self.counts[:num_rows]
-        )
+    def rows(self, first: int, last: int) -> BlockSelection:
+        """The selection of rows ``[first, last)``; views."""
+        blocks, counts = self.logical_blocks[first:last], self.counts[first:last]
+        return replace(self, logical_blocks=blocks, counts=counts)

@@ -33,7 +33,7 @@ class FullSelector:
 
     def plan(self, rows: StepRows) -> StepPlan:
         """See ``Selector.plan``."""
-        selection = self._selection.rows(rows.num_decodes)
+        selection = self._selection.rows(0, rows.num_decodes)
         num_blocks = (rows.seq_lens + self._block_size - 1) // self._block_size
         selection.counts.copy_(num_blocks[:, None])
         is_past = self._steps >= selection.counts[:, :, None]

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from attn_backends.batch import PagedBatch
 from attn_backends.ops.dispatch import OpContext
 
 MAX_HEAD_SIZE = 256
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED_BYTES = 227 * 1024  # of an H100 or H200; assumed where there is no card to ask
 SPARE_SHARED_BYTES = 2048  # what a kernel may need beside its tiles
-MAX_TILE_TOKENS = 128  # a wider tile gains nothing (measured on an H200)
 # More programs than fill any card several times over; those without work still cost a start each.
 MAX_PROGRAMS = 4096
 MAX_WORKSPACE_BYTES = 128 << 20  # a batch that would need more is served in parts
@@ -124,18 +123,31 @@ def programs_per_head(num_splits: int, num_rows_and_heads: int) -> int:
 
 def rows_at_once(num_rows: int, workspace_bytes_per_row: int) -> int:
     """Rows that share a launch, so that their workspace stays within its limit."""
-    return max(1, min(num_rows, MAX_WORKSPACE_BYTES // max(1, workspace_bytes_per_row)))
+    fitting = max(1, MAX_WORKSPACE_BYTES // max(1, workspace_bytes_per_row))
+    # In fours: a part's lengths then begin at an address like the whole's.
+    return min(num_rows, fitting // 4 * 4 or fitting)
 
 
-def rows_of(batch: PagedBatch, first: int, last: int) -> PagedBatch:
-    """Decode rows ``[first, last)`` by views alone; their ``query_start_loc`` is not to be read."""
-    return replace(
-        batch,
-        seq_lens=batch.seq_lens[first:last],
-        block_table=batch.block_table[first:last],
-        num_reqs=last - first,
-        num_tokens=last - first,
-    )
+def start(kernels: Mapping[str, Any], launches: Iterable[Launch]) -> None:
+    """Launches one after another.
+
+    Args:
+        kernels: compiled, by name.
+        launches: of these kernels.
+    """
+    for launch in launches:
+        launch.start(kernels)
+
+
+@contextmanager
+def rounded(out: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What kernels write to. The interpreter truncates when it converts to bf16: there it is fp32,
+    and torch does the rounding.
+    """
+    target = out.float() if interpreted() else out
+    yield target
+    if target is not out:
+        out.copy_(target)
 
 
 def cache_strides(key_cache: torch.Tensor, value_cache: torch.Tensor) -> dict[str, int]:

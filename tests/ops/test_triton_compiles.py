@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,9 @@ DEFAULT = [
     ("cache_write", 80, "bfloat16", 80, 4, 64, ""),
 ]
 CAPABILITIES = (80, 86, 90)
-GROUPS = (1, 4, 8, 3)
+GROUPS = (1, 4, 8, 3, 16)
+QUERY_LENS = (2048, 64, 16)  # of a prefill
+TURNS = 3  # of the others for each dtype and head size
 BLOCK_SIZES = (16, 32, 64, 128, 48)
 VARIANTS = {
     "sparse_decode": ("", "rule", "heads", "rule heads"),
@@ -44,13 +47,18 @@ VARIANTS = {
 
 
 def _matrix(op: str, capability: int) -> list[tuple[Any, ...]]:
-    """Every dtype with every head size, and groups, block sizes and variants in turn."""
-    sizes = itertools.product(("bfloat16", "float16", "float32"), (64, 80, 128, 256), range(3))
-    turns = zip(*(itertools.cycle(of) for of in (GROUPS, BLOCK_SIZES, VARIANTS[op])), strict=False)
-    return [
-        (op, capability, dtype, head_size, *turn)
-        for (dtype, head_size, _), turn in zip(sizes, turns, strict=False)
+    """Every dtype with every head size, and all else as it comes; each group of 16-bit heads of 128
+    plainly, too.
+    """
+    source = random.Random(op)
+    choices = (GROUPS, BLOCK_SIZES, VARIANTS[op], QUERY_LENS)
+    sizes = itertools.product(("bfloat16", "float16", "float32"), (64, 80, 128, 256), range(TURNS))
+    drawn = [
+        (op, capability, dtype, head_size, *map(source.choice, choices))
+        for dtype, head_size, _ in sizes
     ]
+    plain = [(op, capability, "bfloat16", 128, group, 16, "", 2048) for group in GROUPS]
+    return drawn + plain
 
 
 def _backend_is_missing() -> bool:
@@ -63,7 +71,7 @@ def _backend_is_missing() -> bool:
 
 def _compile(cases: list[tuple[Any, ...]], cache: Path) -> list[dict[str, Any]]:
     fields = ("op", "capability", "dtype", "head_size", "group", "block_size", "variant")
-    request = [dict(zip(fields, case, strict=True)) for case in cases]
+    request = [dict(zip((*fields, "query_len"), case, strict=False)) for case in cases]
     done = subprocess.run(
         [sys.executable, "-m", "tests.ops.triton_compiler"],
         input=json.dumps(request),

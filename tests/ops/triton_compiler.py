@@ -54,6 +54,7 @@ class Case:
     block_size: int
     max_tokens: int = 131072  # the block table's width
     variant: str = ""  # what else the op can be asked for
+    query_len: int = 2048  # of the longest prefill row
 
     def launches(self) -> Iterable[Launch]:
         """The op's own launches, on tensors without memory."""
@@ -75,7 +76,7 @@ class Case:
             block_table=_tensor(NUM_ROWS, width),
             num_reqs=NUM_ROWS,
             num_tokens=NUM_ROWS,
-            max_query_len=2048,
+            max_query_len=self.query_len,
             max_seq_len=self.max_tokens,
         )
         rule = SpanRule(_tensor(NUM_ROWS, heads, 4)) if "rule" in self.variant else None

@@ -32,9 +32,10 @@ def _about(result: dict[str, Any]) -> str:
     work, info = result["workload"], result["machine"]
     order = "alternating rounds" if result["alternated"] else "rounds, one arm after another"
     parts = [Path(work["model"]).name, f"{work['rounds']} {order}", work["dtype"]]
-    parts.append("eager" if work["is_eager"] else "compiled")
     if work["compilation_config"] is not None:
         parts.append(f"compilation config `{json.dumps(work['compilation_config'])}`")
+    else:
+        parts.append("eager" if work["is_eager"] else "compiled")
     parts += [f"{name} {value}" for name, value in result["settings"].items()]
     parts += [info["cpu"], versions(info), f"GPU: {info['gpu']}"]
     return f"Decode, distinct random contexts, {', '.join(parts)}."

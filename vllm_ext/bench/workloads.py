@@ -22,8 +22,9 @@ from vllm_ext.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXAMPLE = "8q1s4k+q512s2k"
 
-# Keys and values of all copies together, so that no cache holds them; on GPUs not even the tenth
-# of them that sparse_decode reads.
+# Keys and values of all copies together, so that no cache holds them; on GPUs not even the tenth of
+# them that sparse_decode reads by default. A small budget in tokens, and the masses that block_topk
+# reads, may well lie in a GPU's L2: shares of the bandwidth say little there.
 ROTATED_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 MAX_COPIES = 4
 EAGER_FACTOR = 2.0  # as in tests/tolerances.py

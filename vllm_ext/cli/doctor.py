@@ -97,7 +97,7 @@ def report_platform() -> list[str]:
         _line("CPU kernels", reason or native.library_path())
         if reason:
             problems.append(f"CPU kernels: {reason}")
-    else:
+    elif current_platform.is_cuda_alike():
         _report_device(current_platform)
     return problems
 

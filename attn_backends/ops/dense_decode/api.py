@@ -2,7 +2,7 @@
 
 ``run(query, key_cache, value_cache, batch, scale, out) -> None``
 
-query, out: ``[num_reqs, num_query_heads, head_size]``, contiguous in the last dimension.
+query, out: ``[num_reqs, num_query_heads, head_size]``, contiguous per row.
 key_cache, value_cache: ``[num_blocks, num_kv_heads, block_size, head_size]`` strided views.
 batch: ``PagedBatch`` with one query token per row; ``seq_lens`` includes it.
 scale: factor on the logits.

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,16 +54,12 @@ def run(
     """See ``api.py``."""
     if batch.num_reqs == 0:
         return
-    # The interpreter truncates when it converts to bf16; there, torch does the rounding.
-    target = out.float() if out is not None and support.interpreted() else out
     shared_bytes = support.shared_bytes_of(query)
-    kernels = _kernels()
-    for launch in launches(
-        query, key_cache, value_cache, batch, scale, target, block_mass, shared_bytes
-    ):
-        launch.start(kernels)
-    if out is not None and target is not out:
-        out.copy_(target)
+    caches = (key_cache, value_cache)
+    with nullcontext() if out is None else support.rounded(out) as target:
+        support.start(
+            _kernels(), launches(query, *caches, batch, scale, target, block_mass, shared_bytes)
+        )
 
 
 def launches(
@@ -94,7 +91,7 @@ def launches(
         yield from launches(
             query[first:last],
             *caches,
-            support.rows_of(batch, first, last),
+            batch.rows(first, last, 0, last - first),
             scale,
             None if out is None else out[first:last],
             None if block_mass is None else block_mass[first:last],
@@ -216,7 +213,9 @@ def _kernels() -> dict[str, Any]:
     import triton.language as tl
 
     return {
-        "_split_kernel": triton.jit(_split_kernel, do_not_specialize=["max_blocks", "num_splits"]),
+        "_split_kernel": triton.jit(
+            _split_kernel, do_not_specialize=["stride_table_row", "max_blocks", "num_splits"]
+        ),
         "_finish_kernel": triton.jit(
             _finish_kernel, do_not_specialize=["mass_width", "max_blocks", "num_splits"]
         ),

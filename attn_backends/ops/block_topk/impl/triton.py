@@ -44,11 +44,10 @@ def run(
     """See ``api.py``."""
     if seq_lens.shape[0] == 0:
         return
-    kernels = _kernels()
-    for launch in launches(
-        block_mass, seq_lens, block_size, budget_blocks, sink_blocks, recent_blocks, out
-    ):
-        launch.start(kernels)
+    support.start(
+        _kernels(),
+        launches(block_mass, seq_lens, block_size, budget_blocks, sink_blocks, recent_blocks, out),
+    )
 
 
 def launches(

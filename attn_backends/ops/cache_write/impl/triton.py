@@ -35,9 +35,7 @@ def run(
     """See ``api.py``."""
     if slot_mapping.shape[0] == 0:
         return
-    kernels = _kernels()
-    for launch in launches(key, value, key_cache, value_cache, slot_mapping):
-        launch.start(kernels)
+    support.start(_kernels(), launches(key, value, key_cache, value_cache, slot_mapping))
 
 
 def launches(

@@ -52,14 +52,12 @@ def run(
     """See ``api.py``."""
     if batch.num_reqs == 0 or batch.max_query_len == 0:
         return
-    # The interpreter truncates when it converts to bf16; there, torch does the rounding.
-    target = out.float() if support.interpreted() else out
     shared_bytes = support.shared_bytes_of(query)
-    kernels = _kernels()
-    for launch in launches(query, key_cache, value_cache, batch, rule, scale, target, shared_bytes):
-        launch.start(kernels)
-    if target is not out:
-        out.copy_(target)
+    caches = (key_cache, value_cache)
+    with support.rounded(out) as target:
+        support.start(
+            _kernels(), launches(query, *caches, batch, rule, scale, target, shared_bytes)
+        )
 
 
 def launches(

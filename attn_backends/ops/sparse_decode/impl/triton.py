@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,16 +51,13 @@ def run(
     """See ``api.py``."""
     if batch.num_reqs == 0:
         return
-    # The interpreter truncates when it converts to bf16; there, torch does the rounding.
-    target = out.float() if support.interpreted() else out
     shared_bytes = support.shared_bytes_of(query)
-    kernels = _kernels()
-    for launch in launches(
-        query, key_cache, value_cache, batch, selection, rule, scale, target, shared_bytes
-    ):
-        launch.start(kernels)
-    if target is not out:
-        out.copy_(target)
+    caches = (key_cache, value_cache)
+    with support.rounded(out) as target:
+        support.start(
+            _kernels(),
+            launches(query, *caches, batch, selection, rule, scale, target, shared_bytes),
+        )
 
 
 def launches(
@@ -93,12 +89,11 @@ def launches(
         return
     for first in range(0, batch.num_reqs, at_once):
         last = min(first + at_once, batch.num_reqs)
-        blocks, counts = selection.logical_blocks[first:last], selection.counts[first:last]
         yield from launches(
             query[first:last],
             *caches,
-            support.rows_of(batch, first, last),
-            replace(selection, logical_blocks=blocks, counts=counts),
+            batch.rows(first, last, 0, last - first),
+            selection.rows(first, last),
             None if rule is None else rule.rows(first, last),
             scale,
             out[first:last],
@@ -186,14 +181,17 @@ def _kernels() -> dict[str, Any]:
     """The compiled kernels; the first call imports Triton, so that importing us does not.
 
     Triton looks names up in the globals of the kernels, hence ``global``. It must not compile
-    anew for another number of splits: bits would depend on the batch.
+    anew for a table or selection of another width: bits would depend on the batch.
     """
     global tl
     import triton
     import triton.language as tl
 
-    jit = functools.partial(triton.jit, do_not_specialize=["num_splits"])
-    return {kernel.__name__: jit(kernel) for kernel in (_split_kernel, _merge_kernel)}
+    widths = ["stride_table_row", "stride_logical_row", "stride_logical_head", "num_splits"]
+    return {
+        "_split_kernel": triton.jit(_split_kernel, do_not_specialize=widths),
+        "_merge_kernel": triton.jit(_merge_kernel, do_not_specialize=["num_splits"]),
+    }
 
 
 def _split_kernel(
