@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from attn_backends.plan import (
     DENSE_LAYER,
     Anchor,
     AnchorState,
+    Checked,
     DecodeWay,
     KeptRows,
     LayerPlan,
@@ -31,6 +32,7 @@ from kvcache.entries import KVEntry, layer_entries
 from kvcache.retention import KeepAll
 
 ROW_OPTIONS = frozenset({"sparse", "budget_tokens"})
+NO_OPTIONS = RowOptions()
 PRESETS = {  # what a request may name
     "fast": RowOptions(budget_factor=0.5),
     "accurate": RowOptions(budget_factor=2.0),
@@ -170,21 +172,25 @@ class BudgetSelector:
         budgets = self._budget_blocks_of(lengths, options)
         if rows.prompt_rows:
             budgets[list(rows.prompt_rows)] = self._max_blocks
-        reasons = self._reasons(rows, budgets, options)
+        keeps_all = budgets * self._block_size >= lengths
+        reasons = self._reasons(rows, keeps_all, options)
         kept = self._kept(rows, reasons, options)
-        state = self._state(rows, budgets, None if watch is None else watch.recall)
-        checked: Sequence[int] = ()
-        if watch is not None:
-            narrowed = [row for row, reason in enumerate(reasons) if reason.is_narrowed]
-            due = None if kept is None else kept.due_rows
-            checked = watch.expect(rows.request_ids, narrowed, due)
-        layers = self._layers(
-            rows.num_decodes,
-            state,
-            {} if kept is None else kept.by_anchor,
-            torch.tensor(checked, device=self._mass.device) if checked else None,
-        )
+        state = self._state(rows, budgets, keeps_all, watch)
+        checked = None if watch is None else self._checked(watch, rows, reasons, kept)
+        by_anchor = {} if kept is None else kept.by_anchor
+        layers = self._layers(rows.num_decodes, state, by_anchor, checked)
         return StepPlan({**self._windows.plan(rows), **layers}, reasons, self._watch)
+
+    def _checked(
+        self,
+        watch: RecallWatch,
+        rows: StepRows,
+        reasons: Sequence[RowReason],
+        kept: KeptStep | None,
+    ) -> Checked | None:
+        narrowed = [row for row, reason in enumerate(reasons) if reason.is_narrowed]
+        due = watch.expect(rows.request_ids, narrowed, None if kept is None else kept.due_rows)
+        return Checked(torch.tensor(due), watch.recall) if due else None
 
     def _begin_step(self, watch: RecallWatch, rows: StepRows) -> Mapping[int, RowOptions]:
         """The rows' options, after what the step before has shown."""
@@ -197,10 +203,10 @@ class BudgetSelector:
         num_rows: int,
         state: AnchorState,
         kept: Mapping[int, KeptRows],
-        checked: torch.Tensor | None,
+        checked: Checked | None,
     ) -> dict[int, LayerPlan]:
         """Plans of the layers that have no window; views of the buffers, made once for all."""
-        selection = self._selection.rows(num_rows)
+        selection = self._selection.rows(0, num_rows)
         inheriting = self._anchors[1:] if self._schedule.shares_selections else ()
         ways: dict[int, DecodeWay] = dict.fromkeys(
             self._schedule.of_role(LayerRole.DENSE), DENSE_LAYER.decode
@@ -210,7 +216,9 @@ class BudgetSelector:
             inherits = layer in inheriting
             ways[layer] = Anchor(selection, state, everything, inherits, kept.get(layer))
         for layer in self._schedule.of_role(LayerRole.REUSE):
-            ways[layer] = Reuse(selection, state, self._head_maps.get(layer), checked)
+            heads = self._head_maps.get(layer)
+            read = selection if heads is None else replace(selection, heads=heads)
+            ways[layer] = Reuse(read, state, checked)
         return {layer: LayerPlan(way) for layer, way in ways.items()}
 
     def _kept(
@@ -224,15 +232,17 @@ class BudgetSelector:
         return self._keeper.begin_step(ids, rows.seq_lens_cpu.tolist(), keys)
 
     def _state(
-        self, rows: StepRows, budgets: torch.Tensor, recall: torch.Tensor | None
+        self,
+        rows: StepRows,
+        budgets: torch.Tensor,
+        keeps_all: torch.Tensor,
+        watch: RecallWatch | None,
     ) -> AnchorState:
         """Short and dense rows get a budget for everything, and so need no scores."""
         num_rows = rows.num_decodes
         own_budgets, scored_lens = self._budgets[:num_rows], self._scored_lens[:num_rows]
-        lengths = rows.seq_lens if rows.seq_lens_cpu is None else rows.seq_lens_cpu
-        keeps_all = budgets * self._block_size >= lengths
-        anything = torch.full_like(budgets, torch.iinfo(budgets.dtype).max)
-        most_scored = anything.masked_fill_(keeps_all, 1)
+        most_scored = torch.full_like(budgets, torch.iinfo(budgets.dtype).max)
+        most_scored.masked_fill_(keeps_all, 1)
         _copy_without_waiting(budgets, own_budgets)
         _copy_without_waiting(most_scored, scored_lens)
         torch.minimum(scored_lens, rows.seq_lens, out=scored_lens)
@@ -242,7 +252,7 @@ class BudgetSelector:
             scored_lens,
             self._sink_blocks,
             self._recent_blocks,
-            None if recall is None else recall[:num_rows],
+            None if watch is None else watch.recall[:num_rows],
         )
 
     def _budget_kind(self, seq_len: int) -> Hashable:
@@ -282,19 +292,17 @@ class BudgetSelector:
         return torch.full_like(seq_lens, self._budget_blocks, dtype=torch.int32)
 
     def _reasons(
-        self, rows: StepRows, budgets: torch.Tensor, options: Mapping[int, RowOptions]
+        self, rows: StepRows, keeps_all: torch.Tensor, options: Mapping[int, RowOptions]
     ) -> list[RowReason]:
         if rows.seq_lens_cpu is None:
             return [RowReason.UNKNOWN_LENGTH] * rows.num_decodes
-        keeps_all = (budgets * self._block_size >= rows.seq_lens_cpu).tolist()
+        known = zip(rows.seq_lens_cpu.tolist(), keeps_all.tolist(), strict=True)
         return [
-            self._reason(seq_len, keeps_all[row], options.get(row, RowOptions()))
-            for row, seq_len in enumerate(rows.seq_lens_cpu.tolist())
+            self._reason(seq_len, keeps, options.get(row, NO_OPTIONS))
+            for row, (seq_len, keeps) in enumerate(known)
         ]
 
     def _reason(self, seq_len: int, keeps_all: bool, asked: RowOptions) -> RowReason:
-        # Not dense while some layer reads its window only.
-        has_gap = self._windows.hide_something(seq_len)
         if asked.is_dense:
             reason = RowReason.GUARD if asked.is_guarded else RowReason.REQUEST_OFF
         elif seq_len <= self._config.min_context_tokens:
@@ -305,7 +313,8 @@ class BudgetSelector:
             reason = RowReason.EVERYTHING_KEPT
         else:
             return RowReason.GUARD_RAISED if asked.is_guarded else RowReason.SELECTED
-        return RowReason.WINDOW_LAYERS if has_gap else reason
+        # Not dense while some layer reads its window only.
+        return RowReason.WINDOW_LAYERS if self._windows.hide_something(seq_len) else reason
 
 
 def _copy_without_waiting(values: torch.Tensor, into: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ costs scheduling time in each step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from kvcache.spans import Span, covering, everything
@@ -39,7 +39,7 @@ def require_unpadded(counts: Sequence[int]) -> None:
     if len(counts) > MAX_CLASSES:
         raise ValueError(f"{len(counts)} classes of KV heads; at most {MAX_CLASSES}")
     smallest = min(counts)
-    if any(count % smallest for count in counts):
+    if padded_entries(counts):
         raise ValueError(
             f"classes of {', '.join(map(str, counts))} KV heads would be padded to equal groups; "
             f"the size of the smallest ({smallest}) must divide all others"
@@ -49,6 +49,13 @@ def require_unpadded(counts: Sequence[int]) -> None:
             f"{sum(counts)} KV heads in groups of {smallest}, the smallest class, are "
             f"{sum(counts) // smallest} KV groups; at most {MAX_CLASSES}: make that class larger"
         )
+
+
+def group_sizes(num_heads: int) -> Iterator[int]:
+    """Sizes of equal groups of heads that are not too many, ascending."""
+    for size in range(-(-num_heads // MAX_CLASSES), num_heads + 1):
+        if num_heads % size == 0:
+            yield size
 
 
 def covered_in_classes(spans: Sequence[Span], max_tokens: int) -> list[Span]:
@@ -67,9 +74,7 @@ def covered_in_classes(spans: Sequence[Span], max_tokens: int) -> list[Span]:
         return fmean(min(1.0, spans[head].tokens(n) / n) for n in lengths)
 
     order = sorted(range(len(spans)), key=seen)
-    for size in range(-(-len(spans) // MAX_CLASSES), len(spans) + 1):
-        if len(spans) % size:
-            continue
+    for size in group_sizes(len(spans)):
         result = [everything()] * len(spans)
         for first in range(0, len(spans), size):
             heads = order[first : first + size]

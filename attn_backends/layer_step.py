@@ -13,7 +13,16 @@ import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch
 from attn_backends.ops.resolution import Ops
-from attn_backends.plan import Anchor, AnchorState, Dense, KeptRows, LayerPlan, Reuse, Selected
+from attn_backends.plan import (
+    Anchor,
+    AnchorState,
+    Checked,
+    Dense,
+    KeptRows,
+    LayerPlan,
+    Reuse,
+    Selected,
+)
 from attn_backends.recall import SERVED, inherited_recall, own_recall, served_recall
 
 
@@ -107,10 +116,9 @@ class LayerStep:
             case Anchor():
                 self._anchor(way, decode, query, out)
             case Reuse():
-                selection = replace(way.selection, heads=way.head_map)
-                if way.checked is not None and way.state.recall is not None:
-                    self._check(way.state, way.state.recall, way.checked, decode, query, selection)
-                self._read(selection, decode, query, out)
+                if way.checked is not None:
+                    self._check(way.state, way.checked, decode, query, way.selection)
+                self._read(way.selection, decode, query, out)
             case _:
                 assert_never(way)
 
@@ -187,25 +195,24 @@ class LayerStep:
     def _check(
         self,
         state: AnchorState,
-        recall: torch.Tensor,
-        rows: torch.Tensor,
+        checked: Checked,
         decode: PagedBatch,
         query: torch.Tensor,
         selection: BlockSelection,
     ) -> None:
         """Lowers the checked rows' served recall to this layer's; its output is not touched."""
         # The last anchor's masses have been used: their memory holds this layer's.
-        own = _of_rows(state, rows)
-        checked = decode.decode_rows(rows)
+        rows = checked.rows
+        own, batch = _of_rows(state, rows), decode.decode_rows(rows)
         self.ops.anchor_decode.run(
-            query[rows], *self.views, checked, self.scale, None, own.block_mass
+            query[rows], *self.views, batch, self.scale, None, own.block_mass
         )
         given = _selection_of_rows(selection, rows)
         best = BlockSelection(
             torch.empty_like(given.logical_blocks), torch.empty_like(given.counts)
         )
-        self._best(own, checked, best)
-        served = recall[:, SERVED]
+        self._best(own, batch, best)
+        served = checked.recall[:, SERVED]
         served[rows] = torch.minimum(served[rows], served_recall(own.block_mass, given, best))
 
 

@@ -7,12 +7,13 @@ the query's own position plus one (``kvcache.spans``), which is never more.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attn_backends.config import ConfigError, read_text
-from kvcache.spans import BETA_UNIT, Span, covering, everything
+from kvcache.spans import BETA_UNIT, Span, covering
 
 MAX_RULES_BYTES = 4 << 20
 SINK_TOKENS = 64
@@ -83,9 +84,8 @@ def _span(layer: int, head: int, alpha: float, beta: float) -> Span:
     if not abs(alpha) <= MAX_TOKENS:
         raise ConfigError(f"{where}: alpha is {alpha}; it must be at most {MAX_TOKENS} tokens")
     # Rounded towards seeing more.
-    alpha_tokens, beta_64ths = -int(-alpha // 1) - SINK_TOKENS, -int(-beta * BETA_UNIT // 1)
-    span = Span(SINK_TOKENS, LEAST_TOKENS - SINK_TOKENS, alpha_tokens, beta_64ths)
-    return everything() if span.hides_nothing else span
+    alpha_tokens, beta_64ths = math.ceil(alpha) - SINK_TOKENS, math.ceil(beta * BETA_UNIT)
+    return Span(SINK_TOKENS, LEAST_TOKENS - SINK_TOKENS, alpha_tokens, beta_64ths).simplest
 
 
 def load_rules(path: Path) -> PublishedRules:

@@ -176,14 +176,20 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """Rows of which a reuse layer measures what it is given."""
+
+    rows: torch.Tensor  # [n] int64
+    recall: torch.Tensor  # of all rows, as ``AnchorState.recall``
+
+
+@dataclass(frozen=True)
 class Reuse:
     """Decode rows read the last anchor's selection."""
 
-    selection: BlockSelection
+    selection: BlockSelection  # with the layer's head map, if it has one
     state: AnchorState
-    # [num_kv_heads] int64: whose selection each KV head reads; None: that of its index
-    head_map: torch.Tensor | None = None
-    checked: torch.Tensor | None = None  # [n] int64, rows whose recall is measured
+    checked: Checked | None = None
 
 
 DecodeWay = Dense | Selected | Anchor | Reuse

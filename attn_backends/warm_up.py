@@ -22,6 +22,8 @@ from attn_backends.plan import LayerPlan
 
 ROW_COUNTS = (0, 1, 2, 16)  # of decode rows, and of prefill rows beside them
 PROMPT_TOKENS = (17, 32)  # of a prefill row
+# Tokens of the longest prefill row: tiles of queries grow with it, up to 128 of them.
+SHORT_PROMPTS = (2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ def batch_sizes(limits: Limits) -> Iterator[tuple[int, int, int]]:
         )
         if num_prefills and fits:
             yield num_decodes, num_prefills, num_tokens
+    for num_tokens in SHORT_PROMPTS:
+        if num_tokens < min(limits.max_model_len, limits.max_num_tokens + 1):
+            yield 0, 1, num_tokens
 
 
 def warm_up(
@@ -80,7 +85,8 @@ def warm_up(
     """
     for num_decodes, num_prefills, num_tokens in batch_sizes(limits):
         query_lens = [1] * num_decodes + [num_tokens] * num_prefills
-        for max_seq_len in {num_tokens + 1, limits.max_model_len}:
+        # Decode launches are told the longest there may be.
+        for max_seq_len in {num_tokens + 1, limits.max_model_len} if num_prefills else {1}:
             batch = _batch(query_lens, block_table, max_seq_len)
             step = StepBatch.split(batch, num_decodes, limits.max_model_len)
             seq_lens = batch.seq_lens[:num_decodes]

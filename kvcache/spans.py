@@ -85,6 +85,11 @@ class Span:
         grows = self.beta_64ths == BETA_UNIT and self.alpha_tokens + self.sink_tokens >= 0
         return grows or self.floor_tokens >= EVERYTHING_TOKENS
 
+    @property
+    def simplest(self) -> Span:
+        """This span, or ``everything()`` where it hides nothing: equal rules must be equal."""
+        return everything() if self.hides_nothing else self
+
 
 EVERYTHING_TOKENS = 1 << 30
 

@@ -66,4 +66,11 @@ def _counting_builder(stock_builder: Any, method_name: str) -> Any:
                 self._row_counters.add({("dense", REASON): int(is_decode.sum())})
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
+        def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+            counters, self._row_counters = self._row_counters, None  # nobody's rows
+            try:
+                return super().build_for_cudagraph_capture(common_attn_metadata)
+            finally:
+                self._row_counters = counters
+
     return CountingBuilder

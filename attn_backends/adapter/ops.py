@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec
 
+    from attn_backends.method import Geometry
     from kvcache.spans import Span
 
 
@@ -50,15 +51,19 @@ def op_context(
         device: of the cache.
         spans: of the layers with a rule, one span per KV head; none: no layer has one.
     """
-    layout = PagedKVLayout(
-        num_blocks=1,  # implementations do not depend on the pool's size
-        block_size=spec.block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_size=spec.head_size,
-        dtype=spec.dtype,
-        order=ORDER_OF_DEVICE[device.type],
-    )
+    layout = _layout(spec, spec.dtype, device.type)
     return OpContext(layout, num_query_heads, device.type, bool(spans), _are_plain(spans))
+
+
+def _layout(shape: AttentionSpec | Geometry, dtype: torch.dtype, device_type: str) -> PagedKVLayout:
+    return PagedKVLayout(
+        num_blocks=1,  # implementations do not depend on the pool's size
+        block_size=shape.block_size,
+        num_kv_heads=shape.num_kv_heads,
+        head_size=shape.head_size,
+        dtype=dtype,
+        order=ORDER_OF_DEVICE[device_type],
+    )
 
 
 def _are_plain(spans: Collection[tuple[Span, ...]]) -> bool:
@@ -81,14 +86,7 @@ def unserved_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
     if device_type == "cpu" or vllm_config.model_config is None or method is None:
         return []
     geometry, dtype = geometry_of(vllm_config), vllm_config.model_config.dtype
-    layout = PagedKVLayout(
-        1,
-        geometry.block_size,
-        geometry.num_kv_heads,
-        geometry.head_size,
-        dtype,
-        ORDER_OF_DEVICE[device_type],
-    )
+    layout = _layout(geometry, dtype, device_type)
     context = OpContext(layout, geometry.num_query_heads, device_type, with_rule=True)
     kernel = method_config(vllm_config, method).kernel
     if kernel == "reference" and not vllm_config.model_config.enforce_eager:

@@ -199,7 +199,9 @@ class RequestBook:
             places: of the rows in the runner's table of requests, where the engine tells them.
         """
         num_rows = min(num_rows, self.num_rows)
-        return self.row_ids(places)[:num_rows] if num_rows else ()
+        if not num_rows:
+            return ()
+        return self.row_ids(None if places is None else places[:num_rows])[:num_rows]
 
 
 BOOK = RequestBook()

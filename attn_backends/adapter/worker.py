@@ -66,6 +66,7 @@ class RetainingWorker:
     """Put before a worker of vLLM in the bases: retention, and news for the request book."""
 
     vllm_config: VllmConfig
+    model_runner: Any
     _is_warming_up = False
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -76,6 +77,15 @@ class RetainingWorker:
         planned = retained_specs(self.vllm_config, specs)
         self._planned, self._specs = policies_of(planned), planned
         return planned
+
+    def init_device(self) -> None:
+        """See ``Worker.init_device``; the request book is told whose rows a batch has."""
+        stock: Any = super()
+        stock.init_device()
+        BOOK.row_ids = row_ids_of(self.model_runner)
+        method = chosen_method(self.vllm_config)
+        if method is not None:
+            BOOK.presets = method_config(self.vllm_config, method).presets
 
     def compile_or_warm_up_model(self) -> Any:
         """See ``Worker.compile_or_warm_up_model``: its requests are vLLM's own."""
@@ -121,7 +131,11 @@ def row_ids_of(runner: Any) -> RowIds:
     names: Mapping[int, str] = runner.req_states.index_to_req_id
 
     def by_place(places: Sequence[int] | None) -> Sequence[str | None]:
-        return [names.get(place) for place in (() if places is None else map(int, places))]
+        if places is None:
+            raise RuntimeError(
+                "vLLM's batch does not say whose its rows are: options of requests would be lost"
+            )
+        return [names[int(place)] for place in places]
 
     return by_place
 
@@ -176,30 +190,19 @@ if current_platform.is_cpu():
                 return super().sample_tokens(grammar_output)
 
     class ExtCPUWorker(RetainingWorker, MendedCPUWorker):
-        """Tells the request book, too, whose rows a batch has, and audits."""
+        """Audits, too."""
 
         def init_device(self) -> None:
             """See ``CPUWorker.init_device``."""
             super().init_device()
-            runner: Any = self.model_runner
-            BOOK.row_ids = row_ids_of(runner)
             method = chosen_method(self.vllm_config)
             if method is None:
                 return
-            config = method_config(self.vllm_config, method)
-            if config.audited_share:
-                with_audit(runner, config.audited_share, method.name)
-            BOOK.presets = config.presets
+            share = method_config(self.vllm_config, method).audited_share
+            if share:
+                with_audit(self.model_runner, share, method.name)
 
 else:
 
     class ExtGPUWorker(ReadyBeforeServing, RetainingWorker, _builtin):  # type: ignore[misc]
-        """Tells the request book, too, whose rows a batch has."""
-
-        def init_device(self) -> None:
-            """See ``Worker.init_device``."""
-            super().init_device()
-            BOOK.row_ids = row_ids_of(self.model_runner)
-            method = chosen_method(self.vllm_config)
-            if method is not None:
-                BOOK.presets = method_config(self.vllm_config, method).presets
+        """Retention, the request book, and all that is ready before serving."""

@@ -75,8 +75,7 @@ class HeadSpans(ProfileSection):
 
     def span(self, number: int) -> Span:
         """What heads of a class see."""
-        span = Span(self.sink_tokens, self.floor_tokens, *self.classes[number])
-        return everything() if span.hides_nothing else span
+        return Span(self.sink_tokens, self.floor_tokens, *self.classes[number]).simplest
 
     def spans(self) -> list[list[Span]]:
         """By layer and KV head."""

@@ -673,6 +673,13 @@ const int32_t* rule_data(const std::optional<at::Tensor>& rule, int64_t num_reqs
   return rule->const_data_ptr<int32_t>();
 }
 
+const int64_t* heads_data(const std::optional<at::Tensor>& heads, int64_t num_kv_heads) {
+  if (!heads.has_value()) return nullptr;
+  TORCH_CHECK(heads->is_contiguous() && heads->dim() == 1 && heads->size(0) == num_kv_heads,
+              "a head map must be a contiguous [num_kv_heads]");
+  return heads->const_data_ptr<int64_t>();
+}
+
 void check_rows(const at::Tensor& query, const at::Tensor& out) {
   TORCH_CHECK(query.stride(2) == 1 && query.stride(1) == query.size(2) && out.stride(2) == 1 &&
                   out.stride(1) == out.size(2),
@@ -700,7 +707,7 @@ void sparse_decode(const at::Tensor& query, const at::Tensor& key_cache,
                         seq_lens.const_data_ptr<int32_t>(),
                         logical_blocks.const_data_ptr<int32_t>(),
                         counts.const_data_ptr<int32_t>(),
-                        heads.has_value() ? heads->const_data_ptr<int64_t>() : nullptr,
+                        heads_data(heads, cache.num_kv_heads),
                         rule_data(rule, query.size(0), cache.num_kv_heads),
                         block_table.stride(0),
                         logical_blocks.stride(0),

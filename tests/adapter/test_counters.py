@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -167,3 +169,31 @@ def test_no_folder_means_no_export_and_no_error(monkeypatch: pytest.MonkeyPatch)
 def test_a_folder_that_vanished_reads_as_nothing(folder: Path) -> None:
     folder.rmdir()
     assert list(WorkerFigures(folder).collect()) == []
+
+
+def test_rows_that_a_graph_is_captured_with_are_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ``--no-strict`` lets stock vLLM serve, counted."""
+    from attn_backends.adapter import fallback
+
+    class Stock:
+        def __init__(self, *given: Any) -> None: ...
+
+        def build(self, *given: Any) -> str:
+            return "built"
+
+        def build_for_cudagraph_capture(self, common: Any) -> str:
+            return self.build(0, common)
+
+    counted: list[Any] = []
+    counters = SimpleNamespace(add=counted.append)
+    monkeypatch.setattr(fallback, "RowCounters", lambda name: counters)
+    monkeypatch.setattr(fallback, "get_layers_from_vllm_config", lambda *_: {"layers.0.attn": None})
+    config = SimpleNamespace(parallel_config=SimpleNamespace(rank=0))
+    builder = fallback._counting_builder(Stock, "TIDAL_DECODE")(None, ["layers.0.attn"], config)
+    common = SimpleNamespace(
+        query_start_loc_cpu=torch.tensor([0, 1, 2]), num_reqs=2, is_prefilling=None
+    )
+    assert builder.build_for_cudagraph_capture(common) == "built"
+    assert counted == []
+    assert builder.build(0, common) == "built"
+    assert [sum(rows.values()) for rows in counted] == [2]

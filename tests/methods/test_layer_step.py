@@ -16,6 +16,7 @@ from attn_backends.ops.dispatch import OpContext
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, resolve_ops
 from attn_backends.plan import (
     Anchor,
+    Checked,
     Dense,
     KeptRows,
     LayerPlan,
@@ -143,7 +144,8 @@ def test_an_audit_reads_everything_in_one_row_alone() -> None:
         assert isinstance(one.decode, Anchor)
     assert plan.decode.state.budget_blocks.tolist() == [4, 4, 4]
     assert wide.decode.state.budget_blocks.tolist() == [4, BLOCKS, 4]
-    reuse = LayerPlan(Reuse(plan.decode.selection, plan.decode.state, checked=torch.tensor([1])))
+    checked = Checked(torch.tensor([1]), torch.ones(2, 3))
+    reuse = LayerPlan(Reuse(plan.decode.selection, plan.decode.state, checked))
     assert reading_everything(reuse, 1).decode == replace(reuse.decode, checked=None)
     assert reading_everything(LayerPlan(Dense()), 1) == LayerPlan(Dense())
 

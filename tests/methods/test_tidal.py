@@ -141,11 +141,13 @@ def test_layers_go_the_ways_of_their_roles(tmp_path: Path) -> None:
     mapped, plain = plan.layers[2].decode, plan.layers[3].decode
     assert isinstance(mapped, Reuse)
     assert isinstance(plain, Reuse)
-    assert mapped.head_map is not None
-    assert mapped.head_map.tolist() == [1, 0]
-    assert plain.head_map is None
+    assert mapped.selection.heads is not None
+    assert mapped.selection.heads.tolist() == [1, 0]
+    assert plain.selection.heads is None
     # What an anchor writes is what they read.
-    assert mapped.selection is plain.selection is first.selection is second.selection
+    assert plain.selection is first.selection is second.selection
+    assert mapped.selection.logical_blocks is first.selection.logical_blocks
+    assert mapped.selection.counts is first.selection.counts
 
 
 def test_a_share_of_the_context_is_a_budget_unless_a_request_says_its_own() -> None:

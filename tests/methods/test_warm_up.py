@@ -16,9 +16,11 @@ from attn_backends.layer_step import LayerStep, StepBatch
 from attn_backends.method import Geometry, Selector, StepRows
 from attn_backends.methods import load_method
 from attn_backends.ops.dispatch import OpContext, OpImpl
+from attn_backends.ops.paged_attention.impl.triton import launches
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops, resolve_ops
+from attn_backends.ops.triton_support import SHARED_BYTES
 from attn_backends.warm_up import Limits, WarmLayer, batch_sizes, warm_up
-from kvcache.layout import PagedKVLayout, kv_views
+from kvcache.layout import KVOrder, PagedKVLayout, kv_views
 
 LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, MAX_MODEL_LEN, MAX_REQS = 4, 2, 4, 32, 32, 1024, 40
 ORDER = ORDER_OF_DEVICE["cpu"]
@@ -124,7 +126,35 @@ def test_nothing_that_a_step_launches_is_new_after_the_warm_up(
 
 
 def test_batches_stay_within_what_the_engine_admits() -> None:
-    assert set(batch_sizes(Limits(1, 32, 64))) == {(1, 0, 0), (0, 1, 17), (0, 1, 32)}
+    assert set(batch_sizes(Limits(1, 32, 64))) == {
+        (1, 0, 0),
+        *((0, 1, tokens) for tokens in (2, 4, 8, 16, 17, 32)),
+    }
     assert all(tokens <= 20 for *_, tokens in batch_sizes(Limits(64, 512, 21)))
     decodes = [rows for rows, prefills, _ in batch_sizes(Limits(100, 512, 64)) if not prefills]
     assert decodes == [1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_size", [64, 256])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
+def test_no_length_of_a_prompt_is_compiled_for_in_service(
+    group: int, head_size: int, dtype: torch.dtype
+) -> None:
+    """What a kernel is told besides its arguments follows from the longest prompt, too."""
+    device = torch.device("meta")
+    layout = PagedKVLayout(4, 16, 2, head_size, dtype, KVOrder.FUSED)
+    views = kv_views(torch.empty(layout.shape, dtype=dtype, device=device), KVOrder.FUSED)
+    query = torch.empty(600, 2 * group, head_size, dtype=dtype, device=device)
+    ints = torch.empty(1, 64, dtype=torch.int32, device=device)
+
+    def kinds(tokens: int) -> Any:
+        batch = PagedBatch(ints[0, :2], ints[0, :1], ints, 1, tokens, tokens, 1024)
+        (launch,) = launches(query, *views, batch, None, 0.1, query, SHARED_BYTES)
+        return launch.constants, launch.num_warps, launch.num_stages
+
+    warm = [
+        kinds(tokens) for _, prefills, tokens in batch_sizes(Limits(64, 2048, 4096)) if prefills
+    ]
+    for tokens in range(2, 600):
+        assert kinds(tokens) in warm, tokens

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from attn_backends.head_classes import MAX_CLASSES
+from attn_backends.head_classes import group_sizes
 from kvcache.spans import Span
 from vllm_ext.errors import UserError
 
@@ -49,9 +49,7 @@ def density_of(span: Span, num_tokens: int) -> float:
 
 def group_size(num_heads: int) -> int:
     """The smallest groups of which a model has not too many."""
-    return next(
-        size for size in range(-(-num_heads // MAX_CLASSES), num_heads + 1) if num_heads % size == 0
-    )
+    return next(group_sizes(num_heads))
 
 
 def require_solver() -> None:
