@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attn_backends.budget import ROW_OPTIONS, BudgetConfig, BudgetSelector, prompts_cached
+from attn_backends.budget import BudgetSelector, prompts_cached
+from attn_backends.budget_config import ROW_OPTIONS, BudgetConfig
 from attn_backends.config import at_least
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from attn_backends.batch import RowOptions
-from attn_backends.budget import PRESETS
+from attn_backends.budget_config import PRESETS
 from attn_backends.method import SparseMethod
 from attn_backends.methods import methods_where
 

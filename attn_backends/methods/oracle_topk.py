@@ -7,7 +7,8 @@ what sharing a selection between layers costs. The first layers are dense as in 
 
 from __future__ import annotations
 
-from attn_backends.budget import ROW_OPTIONS, BudgetConfig, BudgetSelector, prompts_cached
+from attn_backends.budget import BudgetSelector, prompts_cached
+from attn_backends.budget_config import ROW_OPTIONS, BudgetConfig
 from attn_backends.method import Capabilities, Geometry, Purpose, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 

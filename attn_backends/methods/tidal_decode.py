@@ -29,7 +29,8 @@ import torch
 from pydantic import Field
 
 from attn_backends.batch import RowOptions
-from attn_backends.budget import PRESETS, ROW_OPTIONS, BudgetConfig, BudgetSelector
+from attn_backends.budget import BudgetSelector
+from attn_backends.budget_config import PRESETS, ROW_OPTIONS, BudgetConfig
 from attn_backends.config import POLICY_KEY, EngineFacts, SettingError, at_least, one_of
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import CHOOSING_ROLES, LayerRole, LayerSchedule

@@ -15,7 +15,8 @@ pytest.importorskip("vllm")
 from attn_backends.adapter.entries import SplitEngine
 from attn_backends.adapter.planning import _PLANNERS, StepPlanner, shared_planner
 from attn_backends.adapter.requests import BOOK
-from attn_backends.budget import BudgetConfig, BudgetSelector
+from attn_backends.budget import BudgetSelector
+from attn_backends.budget_config import BudgetConfig
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry
 from attn_backends.plan import LayerRole, LayerSchedule, Selected

@@ -30,7 +30,8 @@ from attn_backends.adapter.requests import BOOK
 from attn_backends.adapter.rows import is_prefilling, kinds_by_order, kinds_by_tokens
 from attn_backends.adapter.worker import row_ids_of
 from attn_backends.batch import RowOptions
-from attn_backends.budget import BudgetConfig, BudgetSelector
+from attn_backends.budget import BudgetSelector
+from attn_backends.budget_config import BudgetConfig
 from attn_backends.method import Geometry
 from attn_backends.plan import LayerRole, LayerSchedule
 from tests.batches import anchor_state

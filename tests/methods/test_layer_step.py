@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from attn_backends.batch import BlockSelection, PagedBatch, RowOptions
-from attn_backends.budget import BudgetConfig, BudgetSelector
+from attn_backends.budget import BudgetSelector
+from attn_backends.budget_config import BudgetConfig
 from attn_backends.head_tables import HeadPlaces
 from attn_backends.layer_step import LayerStep, StepBatch
 from attn_backends.method import Geometry

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attn_backends.budget import BudgetConfig, BudgetSelector
+from attn_backends.budget import BudgetSelector
+from attn_backends.budget_config import BudgetConfig
 from attn_backends.method import Geometry
 from attn_backends.plan import LayerRole, LayerSchedule
 from tests.batches import anchor_state, step_rows

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attn_backends.budget import BudgetConfig
+from attn_backends.budget_config import BudgetConfig
 from attn_backends.findings import Findings
 from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
 from attn_backends.methods.sink_window import WindowSection
