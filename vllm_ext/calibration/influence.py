@@ -16,6 +16,7 @@ some queries at a time, and never kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ class Influence:
     def __init__(self, spans: Sequence[Span], num_layers: int, num_kv_heads: int) -> None:
         self.spans = tuple(spans)
         self.total = torch.zeros(num_layers, num_kv_heads, len(spans), dtype=torch.float64)
+        self._hidden: dict[tuple[int, int], _Hidden] = {}  # the same in every head and layer
+
+    def hidden(self, first: int, last: int, device: torch.device) -> _Hidden:
+        """What the rules hide from the queries at positions ``first`` to ``last - 1``."""
+        if (first, last) not in self._hidden:
+            self._hidden[first, last] = _Hidden.of(self.spans, first, last, device)
+        return self._hidden[first, last]
 
     def attend(
         self,
@@ -132,35 +140,47 @@ class _Measured(torch.autograd.Function):
                 grad = grad.sub_(weighted[head, :, first:last]).mul_(weights)  # of the logits
                 grad_query[head, :, first:last] = grad @ keys * ctx.scale
                 grad_key[head, :last] += (grad.transpose(1, 2) @ asked).sum(0) * ctx.scale
-                total[head] += _of_rules(ctx.influence.spans, weights, grad, positions)
+                hidden = ctx.influence.hidden(first, last, key.device)
+                total[head] += _of_rules(hidden, weights, grad).cpu()
         return grad_query.reshape(query.shape), grad_key, grad_value, None, None, None
 
 
-def _of_rules(
-    spans: Sequence[Span], weights: torch.Tensor, grad: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Hidden:
+    """Which tokens every rule hides from some queries: those from ``starts`` up to ``ends``.
+
+    Attributes:
+        starts: ``[queries, rules]`` int64, the first one.
+        ends: likewise, the one behind the last; where it is not above ``starts``, none.
+    """
+
+    starts: torch.Tensor
+    ends: torch.Tensor
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], first: int, last: int, device: torch.device) -> _Hidden:
+        """From the queries at positions ``first`` to ``last - 1``."""
+        seen = [[span.first_seen(p + 1) for span in spans] for p in range(first, last)]
+        ends = torch.tensor(seen, device=device)
+        starts = torch.tensor([span.sink_tokens for span in spans], device=device)
+        return cls(starts.expand_as(ends), ends)
+
+    def sums(self, running: torch.Tensor) -> torch.Tensor:
+        """``[group, queries, rules]`` from running sums ``[group, queries, keys]``."""
+        parts = []
+        for bound in (self.ends, self.starts):
+            index = (bound - 1).clamp(0, running.shape[-1] - 1).expand(len(running), -1, -1)
+            parts.append(running.gather(-1, index) * (bound > 0))
+        return (parts[0] - parts[1]).masked_fill_(self.ends <= self.starts, 0)
+
+
+def _of_rules(hidden: _Hidden, weights: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """``[rules]`` fp64: what each rule costs these queries of one KV head.
 
     Args:
-        spans: the rules.
+        hidden: what the rules hide.
         weights: ``[group, queries, keys]``; overwritten.
         grad: of the logits, likewise; overwritten.
-        positions: ``[queries]``.
     """
-    mass, change = weights.cumsum_(-1), grad.cumsum_(-1)
-    costs = []
-    for span in spans:
-        seen = torch.tensor([span.first_seen(p + 1) for p in positions.tolist()])
-        hides = seen > span.sink_tokens
-        if not hides.any():
-            costs.append(0.0)
-            continue
-        ends = (seen[hides] - 1).to(weights.device)
-        rows = hides.nonzero().flatten().to(weights.device)
-        hidden_mass, hidden_change = mass[:, rows, ends], change[:, rows, ends]
-        if span.sink_tokens:
-            hidden_mass = hidden_mass - mass[:, rows, span.sink_tokens - 1]
-            hidden_change = hidden_change - change[:, rows, span.sink_tokens - 1]
-        left = (1 - hidden_mass).clamp_min(LEAST_LEFT)
-        costs.append(float((hidden_change / left).abs().sum()))
-    return torch.tensor(costs, dtype=torch.float64)
+    left = (1 - hidden.sums(weights.cumsum_(-1))).clamp_min_(LEAST_LEFT)
+    return (hidden.sums(grad.cumsum_(-1)) / left).abs().sum((0, 1), dtype=torch.float64)

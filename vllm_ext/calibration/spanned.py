@@ -18,7 +18,7 @@ CHUNK_TOKENS = 512  # queries that are masked at once
 
 
 class SpannedModel:
-    """Batch 1, fp32.
+    """Batch 1, fp32, on the GPU where there is one.
 
     Attributes:
         model: of transformers, its weights without gradients.
@@ -36,7 +36,7 @@ class SpannedModel:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=NAME
         ).eval()
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         layers = getattr(getattr(self.model, "model", None), "layers", None)
         if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
