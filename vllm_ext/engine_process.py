@@ -13,6 +13,9 @@ from vllm_ext.child import Child, Parent, quiet_environment
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _CPU_INFO = Path("/proc/cpuinfo")
+# vLLM does not start where less of a GPU is free than its share, even if the KV pool's size is
+# given and little more is needed; others may be at work there.
+SMALL_GPU_SHARE = 0.05
 
 
 def cpu_dtype() -> str:

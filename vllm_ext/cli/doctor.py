@@ -15,6 +15,7 @@ from typing import Any
 from attn_backends.config import ConfigError
 from attn_backends.methods import REGISTRY
 from vllm_ext import __version__, plugin
+from vllm_ext.engine_process import SMALL_GPU_SHARE
 from vllm_ext.errors import UserError
 from vllm_ext.methods import check_settings
 
@@ -140,6 +141,7 @@ def self_test(model: str | None, method: str, profile: str | None = None) -> lis
             attention_backend=method,
             additional_config={"vllm_ext": {"profile": profile}} if profile else {},
             kv_cache_memory_bytes=256 << 20,
+            gpu_memory_utilization=SMALL_GPU_SHARE,
             max_model_len=2048,
             seed=0,
             **options,

@@ -13,7 +13,7 @@ import numpy
 from attn_backends.config import known_settings, parse_config, settings_of
 from attn_backends.method import SparseMethod
 from attn_backends.methods import load_method
-from vllm_ext.engine_process import EngineProcess
+from vllm_ext.engine_process import SMALL_GPU_SHARE, EngineProcess
 from vllm_ext.errors import UserError
 from vllm_ext.evaluation.prompts import NeedlePrompt
 from vllm_ext.forcing import CLASS_PATH, KEY
@@ -163,6 +163,7 @@ class Evaluation:
             "dtype": job.dtype,
             "max_num_seqs": 64,
             "kv_cache_memory_bytes": job.kv_bytes,
+            "gpu_memory_utilization": SMALL_GPU_SHARE,
             "enable_prefix_caching": True,
             "skip_tokenizer_init": True,
             "enforce_eager": True,
