@@ -118,29 +118,65 @@ def test_figures_name_the_gpu_where_there_is_one(
     assert machine()["gpu"] == (gpu or "none")
 
 
-def test_forcing_compares_full_distributions_and_forces(tmp_path: Path) -> None:
+class _FirstRunner:
+    """A request on vLLM's first model runner, and what it has been given so far."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        from vllm_ext.forcing import KEY, ForcingProcessor
+
+        self._processor = ForcingProcessor(None, torch.device("cpu"), False)
+        self._output: list[int] = []
+        params = SimpleNamespace(extra_args={KEY: asked})
+        self._processor.update_state(
+            SimpleNamespace(added=[(0, params, None, self._output)], removed=[], moved=[])
+        )
+
+    def step(self, logits: torch.Tensor, step: int) -> torch.Tensor:
+        """``step`` is -1 after a chunk of the prompt that is not the last."""
+        self._output[:] = [0] * max(0, step)
+        return self._processor.apply(logits)
+
+
+class _SecondRunner:
+    """The same on its second one, in slot 2, behind a row of nobody's."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        from vllm_ext.forcing import KEY, ForcingProcessor
+
+        state = SimpleNamespace(prompt_len=SimpleNamespace(np=numpy.array([0, 4, 7])))
+        self._processor = ForcingProcessor(None, state)
+        assert self._processor.add_request(1, SimpleNamespace(extra_args={KEY: asked}))
+        assert not self._processor.add_request(1, SimpleNamespace(extra_args=None))  # used again
+        assert self._processor.add_request(2, SimpleNamespace(extra_args={KEY: asked}))
+
+    def step(self, logits: torch.Tensor, step: int) -> torch.Tensor:
+        """As above."""
+        context = SimpleNamespace(
+            idx_mapping_np=numpy.array([1, 2]), seq_lens_upper_bound_np=numpy.array([4, 7 + step])
+        )
+        both = torch.cat([torch.zeros_like(logits), logits])
+        found = self._processor.apply(both, context)
+        assert not found[0].any()
+        return found[1:]
+
+
+@pytest.mark.parametrize("runner_cls", [_FirstRunner, _SecondRunner])
+def test_forcing_compares_full_distributions_and_forces(tmp_path: Path, runner_cls: Any) -> None:
     pytest.importorskip("vllm")
-    from vllm_ext.forcing import KEY, ForcingProcessor
+    from vllm_ext.forcing import ForcingProcessor
 
     file = str(tmp_path / "dense.npy")
     numpy.save(file, numpy.zeros((2, 5), dtype=numpy.float32))
     torch.manual_seed(0)
     logits = torch.randn(2, 5)
     for name, tokens in ((None, None), ("same", [3, 1]), ("other", [3, 1])):
-        processor = ForcingProcessor(None, torch.device("cpu"), False)
-        output: list[int] = []
-        asked = {"name": name, "file": file, "tokens": tokens}
-        params = SimpleNamespace(extra_args={KEY: asked})
-        processor.update_state(
-            SimpleNamespace(added=[(0, params, None, output)], removed=[], moved=[])
-        )
-        processor.apply(torch.randn(1, 5))  # after a chunk of the prompt that is not the last
+        runner = runner_cls({"name": name, "file": file, "tokens": tokens})
+        runner.step(torch.randn(1, 5), -1)
         for step in range(3):  # one more than asked for, as engines may run ahead
             given = logits[[min(step, 1)]].clone() + (torch.eye(5)[[0]] if name == "other" else 0)
-            result = processor.apply(given)
+            result = runner.step(given, step)
             if tokens is not None and step < 2:
                 assert int(result.argmax()) == tokens[step]
-            output.append(0)
     same, other = (ForcingProcessor.results.pop(name).values() for name in ("same", "other"))
     assert len(same) == len(other) == 2
     assert all(abs(kl) < 1e-6 and agrees for kl, agrees in same)
