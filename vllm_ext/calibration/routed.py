@@ -19,7 +19,7 @@ from kvcache.spans import Span
 from vllm_ext.calibration.routed_attention import DenseReading, Prompted, RoutedAnswer
 
 NAME = "vllm_ext_routes"
-LOGITS_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # of a layer's attention, at once
+LOGITS_BYTES = {"cuda": 1 << 31, "cpu": 1 << 27}  # at once, of attention or the vocabulary
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,15 @@ class Prompted:
             torch.cat([one.first_ids for one in prompts]),
         )
 
+    def chosen(self, places: torch.Tensor) -> Prompted:
+        """Some of them."""
+        return Prompted(
+            [layer[places] for layer in self.keys],
+            [layer[places] for layer in self.values],
+            self.lengths_tokens[places],
+            self.first_ids[places],
+        )
+
 
 class DenseReading:
     """Attention of one dense prompt, in transformers' signature; keeps what it sees."""
