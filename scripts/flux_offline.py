@@ -125,7 +125,7 @@ class Experiment:
 
         def damage(masks: np.ndarray) -> np.ndarray:
             kl, _ = study.compare(masks, settings.order_tokens, settings.order_batches)
-            return np.asarray(kl.mean((0, 2)))
+            return np.asarray(np.nanmean(kl, 2).mean(0))
 
         order = greedy_order(damage, self._layers, is_forward)
         name = "forward" if is_forward else "backward"

@@ -71,7 +71,8 @@ class Variants:
 def mean_counted(figures: np.ndarray, is_counted: np.ndarray) -> np.ndarray:
     """``[prompts, variants]``: mean over an answer's tokens that count."""
     weights = is_counted / is_counted.sum(1, keepdims=True)
-    return np.asarray(np.einsum("pvt,pt->pv", figures.astype(np.float64), weights))
+    known = np.nan_to_num(figures.astype(np.float64))
+    return np.asarray(np.einsum("pvt,pt->pv", known, weights))
 
 
 def nested_policy(nested: Variants, logits: np.ndarray) -> Policy:

@@ -81,21 +81,21 @@ class Study:
             most_batches: that are compared, spread over all lengths; None is all.
 
         Returns:
-            ``[prompts, variants, tokens]``, both.
+            ``[prompts, variants, tokens]``, both; no divergence (NaN) where tokens do not count.
         """
         batches = self._batches
         if most_batches is not None and most_batches < len(batches):
             places = np.linspace(0, len(batches) - 1, most_batches).round().astype(int)
             batches = [batches[place] for place in np.unique(places)]
         last = None if num_tokens is None else 1 + num_tokens
-        parts = [
-            self._model.compare(
-                batch.prompted, batch.answers[:, :last], self._routes(masks, batch.rows)
-            )
-            for batch in batches
-        ]
-        kl, agrees = zip(*parts, strict=True)
-        return torch.cat(kl).numpy(), torch.cat(agrees).numpy()
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for batch in batches:
+            routes = self._routes(masks, batch.rows)
+            kl, agrees = self._model.compare(batch.prompted, batch.answers[:, :last], routes)
+            is_counted = self.is_counted[batch.rows, None, :num_tokens]
+            found.append((np.where(is_counted, kl.numpy(), np.nan), agrees.numpy()))
+        kls, agreements = zip(*found, strict=True)
+        return np.concatenate(kls), np.concatenate(agreements)
 
     def hits(self, masks: np.ndarray) -> np.ndarray:
         """``[prompts, variants]``: share of the keys that a greedy answer has; NaN where none is
