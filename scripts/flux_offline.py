@@ -20,26 +20,8 @@ from kvcache.spans import Span
 from vllm_ext.calibration.data import corpora
 from vllm_ext.calibration.routed import RoutedModel
 from vllm_ext.calibration.routed_prompts import RoutedPrompt, make_prompts
-from vllm_ext.calibration.routing_fit import (
-    fit_router,
-    greedy_order,
-    nested_depths,
-    oracle_depths,
-    prefix_masks,
-    threshold_for,
-)
-from vllm_ext.calibration.routing_report import (
-    HEADER,
-    Outcome,
-    Policy,
-    Variants,
-    auc,
-    combined_policy,
-    line,
-    mean_counted,
-    nested_policy,
-    static_lines,
-)
+from vllm_ext.calibration.routing_compare import SHARES, Comparison
+from vllm_ext.calibration.routing_fit import greedy_order, prefix_masks
 from vllm_ext.calibration.routing_study import Study
 from vllm_ext.evaluation.prompts import needle_prompts, text_prompts
 
@@ -47,9 +29,6 @@ STARTED = time.monotonic()
 FIT_LENGTHS_TOKENS = (1024, 2048, 4096)
 TEST_LENGTHS_TOKENS = (1024, 2048, 4096, 7680)
 NEEDLE_KINDS = ("passkey", "multi_key")
-SHARES = (0.3, 0.4, 0.5)
-NEEDED_KL = 0.05  # nats
-MOST_PLAIN_SHARE = 0.5  # of full layers, for requests that need no retrieval
 NUM_RANDOM = 24
 COMBINATIONS = np.array([[number >> place & 1 for place in range(3)] for number in range(8)], bool)
 
@@ -64,10 +43,11 @@ class Experiment:
     def __init__(self, settings: argparse.Namespace) -> None:
         self._settings = settings
         self._started = settings.started
-        self._arrays: dict[str, np.ndarray] = {}
+        self._arrays: dict[str, np.ndarray] = {"settings": np.array(str(vars(settings)))}
         span = Span(settings.sinks, settings.window)
         self._model = RoutedModel.load(settings.model, span, settings.device)
         self._layers = self._model.num_layers
+        self._arrays["num_kv_heads"] = np.array(self._model.num_kv_heads)
         self._parts: dict[str, slice] = {}
         self._masks = np.zeros((0, self._layers), bool)
         self._tables: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
@@ -94,7 +74,10 @@ class Experiment:
             {name: prefix_masks(order) for name, order in orders.items()} | {"combined": combined},
             is_generated=True,
         )
-        self._compare(list(orders), groups)
+        self._measure_lazy()
+        for text in Comparison(self._arrays).lines():
+            print(text, flush=True)
+        self._echo("compared")
         if self._has_time(0.8):
             chance = np.random.default_rng(5)
             shares = chance.uniform(0.1, 0.8, (NUM_RANDOM, 1))
@@ -155,136 +138,15 @@ class Experiment:
         self._save()
         self._echo(f"measured: {', '.join(masks)}")
 
-    def _variants(self, name: str) -> Variants:
-        arrays, counted = self._arrays, self._studies[name].is_counted
-        return Variants(
-            self._masks,
-            mean_counted(arrays[f"{name}_kl"], counted),
-            mean_counted(arrays[f"{name}_agrees"], counted),
-            arrays[f"{name}_hits"],
-        )
-
-    def _static(self, orders: list[str]) -> tuple[np.ndarray, Variants]:
-        """At each number of full layers, the order that is best on the prompts that are fitted:
-        its columns, and what it does to the held-out prompts.
-        """
-        fit, test = self._variants("fit"), self._variants("test")
-        starts = np.array([self._parts[order].start for order in orders])
-        columns = starts[:, None] + np.arange(self._layers + 1)
-        best = fit.kl.mean(0)[columns].argmin(0)
-        chosen = columns[best, np.arange(self._layers + 1)]
-        return chosen, test.part(chosen)
-
-    def _compare(self, orders: list[str], groups: list[list[int]]) -> None:
-        """Fits routers, and prints the tables."""
-        chosen, static = self._static(orders)
-        self._arrays["static_columns"] = chosen
-        kinds = self._arrays["test_kind"]
-        rivals = self._rivals(groups)
-        lines = []
-        for share in SHARES:
-            lines += [
-                line(f"{name} @{share}", one(share), static, kinds) for name, one in rivals.items()
-            ]
-        lines += [line(*self._tuned, static, kinds)]
-        self._save()
-        print("\n## Static allocation, held out\n")
-        print(static_lines(static, kinds, range(0, self._layers + 1, 2)))
-        print("\n## Policies, held out\n")
-        print("\n".join([HEADER, *lines]), flush=True)
-        self._echo("compared")
-
-    def _rivals(self, groups: list[list[int]]) -> dict[str, Policy]:
-        """Policies, each a function of the mean share of full layers."""
-        size, test = len(groups[0]), self._variants("test")
-        start = self._parts["forward"].start
-        combined = test.part(self._parts["combined"])
-        rivals: dict[str, Policy] = {}
-        for first, name in ((1, ""), (0, ", none always full")):
-            nested = test.part(slice(start + first * size, start + (first + 3) * size + 1, size))
-            for features in ("gap", "pooled"):
-                logits = self._router(features, groups[first : first + 3], first * size)
-                rivals[f"router, {features}{name}"] = nested_policy(nested, logits)
-                if not first:
-                    continue
-                rivals[f"router, {features}, groups apart"] = combined_policy(combined, logits)
-                if features == "gap":
-                    self._tuned = self._tuned_policy(nested, logits)
-        gap = self._gap("test", "gap_mean")
-        means = np.stack([gap[:, group].mean((1, 2)) for group in groups[1:4]], 1)
-        rivals["mean gap mass per group"] = combined_policy(combined, means)
-        rivals["lazy test per layer"] = self._lazy_policy()
-        nested = test.part(slice(start + size, start + 4 * size + 1, size))
-        shares = nested.masks.mean(1)
-        rivals["oracle depth"] = lambda share: nested.pick(oracle_depths(nested.kl, shares, share))
-        deep = test.part(slice(start, start + self._layers + 1, 1))
-        rivals["oracle, any number"] = lambda share: deep.pick(
-            oracle_depths(deep.kl, deep.masks.mean(1), share)
-        )
-        return rivals
-
-    def _router(self, features: str, groups: list[list[int]], always: int) -> np.ndarray:
-        """Held-out logits ``[prompts, groups]``; keeps those of the fit, each from a fit that did
-        not see its prompt.
-        """
-        fit, test = self._variants("fit"), self._variants("test")
-        held, folds = [], []
-        for place, group in enumerate(groups):
-            column = self._parts["forward"].start + always + place * len(group)
-            needed = [_is_needed(one, column, self._whole()) for one in (fit, test)]
-            router, logits = fit_router(self._features("fit", features, group), needed[0], 0)
-            held.append(router.logits(self._features("test", features, group)))
-            folds.append(logits)
-            print(
-                f"  router on {features}, {always} always full, group {place} {sorted(group)}: "
-                f"needed {needed[0].mean():.2f} (held out {needed[1].mean():.2f}), "
-                f"L2 {router.l2:g}, AUC {auc(logits, needed[0]):.3f} in folds, "
-                f"{auc(held[-1], needed[1]):.3f} held out"
-            )
-        self._fold_logits = np.stack(folds, 1)
-        return np.stack(held, 1)
-
-    def _whole(self) -> int:
-        """The column of dense."""
-        return int(self._parts["forward"].start) + self._layers
-
-    def _features(self, name: str, features: str, group: list[int]) -> np.ndarray:
-        if features == "gap":
-            parts = self._gap(name, "gap_mean")[:, group]
-        else:
-            parts = self._arrays[f"{name}_pooled_query"][:, group].astype(np.float64)
-        length = np.log(self._arrays[f"{name}_prompt_tokens"])
-        return np.asarray(np.c_[parts.reshape(len(parts), -1), length])
-
-    def _gap(self, name: str, key: str) -> np.ndarray:
-        """``[prompts, layers, num_kv_heads]``."""
-        gap = self._arrays[f"{name}_{key}"].astype(np.float64)
-        return np.asarray(gap.reshape(*gap.shape[:2], self._model.num_kv_heads, -1).mean(-1))
-
-    def _tuned_policy(self, nested: Variants, logits: np.ndarray) -> tuple[str, Outcome]:
-        """The threshold that prompts of the fit give, where none of them is retrieval."""
-        shares = nested.masks.mean(1)
-        plain = self._fold_logits[~self._studies["fit"].of_kind("retrieval")]
-        threshold = threshold_for(
-            lambda threshold: float(shares[nested_depths(plain, threshold)].mean()),
-            self._fold_logits,
-            MOST_PLAIN_SHARE,
-        )
-        outcome = nested.pick(nested_depths(logits, threshold))
-        return f"router, gap, fit's threshold for {MOST_PLAIN_SHARE} without retrieval", outcome
-
-    def _lazy_policy(self) -> Policy:
-        """SimLayerKV's: a layer whose last query looks into the gap is full."""
-        gap = self._gap("test", "gap_last").mean(2)
+    def _measure_lazy(self) -> None:
+        """SimLayerKV's test: a layer whose last query looks into the gap is full."""
+        gap = self._arrays["test_gap_last"].astype(np.float64).mean(2)
         masks = np.stack([gap > np.quantile(gap, 1 - share) for share in SHARES], 1)
         study = self._studies["test"]
         kl, agrees = study.compare(masks)
-        hits = study.hits(masks)
         self._arrays |= {"lazy_masks": masks, "lazy_kl": kl.astype(np.float16)}
-        self._arrays |= {"lazy_agrees": agrees, "lazy_hits": hits}
-        counted = study.is_counted
-        lazy = Variants(masks, mean_counted(kl, counted), mean_counted(agrees, counted), hits)
-        return lambda share: lazy.pick(np.full(len(kl), SHARES.index(share)))
+        self._arrays |= {"lazy_agrees": agrees, "lazy_hits": study.hits(masks)}
+        self._save()
 
     def _has_time(self, part: float) -> bool:
         return self._spent_s() < part * float(self._settings.seconds)
@@ -331,12 +193,6 @@ def held_out(tokenizer: Any, number: int, longest_tokens: int) -> list[RoutedPro
     ]
 
 
-def _is_needed(variants: Variants, column: int, whole: int) -> np.ndarray:
-    """Bool ``[prompts]``: this variant is far from dense, or loses a key that dense finds."""
-    lost = variants.hits[:, column] < variants.hits[:, whole]
-    return np.asarray((variants.kl[:, column] > NEEDED_KL) | lost)
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -352,7 +208,11 @@ def main() -> None:
     parser.add_argument("--order-tokens", type=int, default=12, help="of answers that order layers")
     parser.add_argument("--order-batches", type=int, help="of prompts that order layers")
     parser.add_argument("--seconds", type=float, default=140, help="what is optional ends before")
+    parser.add_argument("--again", action="store_true", help="only compare what the output has")
     settings = parser.parse_args()
+    if settings.again:
+        print("\n".join(Comparison(dict(np.load(settings.output))).lines()))
+        return
     settings.started = STARTED
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
