@@ -61,7 +61,7 @@ class Experiment:
         self._add({"none": np.zeros_like(eye[:1]), "alone_sparse": ~eye, "alone_full": eye})
         forward = self._order(is_forward=True)
         orders = {"forward": forward}
-        if self._has_time(0.4):
+        if self._has_time(0.55):
             orders["backward"] = self._order(is_forward=False)
         size = self._layers // 5
         groups = [forward[size * place : size * (place + 1)] for place in range(5)]
