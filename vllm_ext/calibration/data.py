@@ -106,6 +106,13 @@ def retrieval_example(
 def needles_example(
     tokenizer: Any, source: random.Random, num_tokens: int, haystack: list[int] | None
 ) -> list[int]:
+    """The prompt of ``needles_question``."""
+    return needles_question(tokenizer, source, num_tokens, haystack)[0]
+
+
+def needles_question(
+    tokenizer: Any, source: random.Random, num_tokens: int, haystack: list[int] | None
+) -> tuple[list[int], str]:
     """A prompt with one to four needles at random depths, one of which is asked for at the end.
 
     Args:
@@ -113,6 +120,9 @@ def needles_example(
         source: of randomness.
         num_tokens: about how long.
         haystack: tokens to hide them in, or None for repeated filler sentences.
+
+    Returns:
+        The prompt, and the answer to its question.
     """
     subjects = source.sample(_SUBJECTS, source.randrange(1, 5))
     question: list[int] = tokenizer(f"\nWhat is the {subjects[0]}? The {subjects[0]} is")[
@@ -123,12 +133,14 @@ def needles_example(
         haystack = filler * (num_tokens // len(filler) + 1)
     start = source.randrange(max(1, len(haystack) - num_tokens))
     ids = haystack[start : start + max(1, num_tokens - 40 * len(subjects))]
+    answers = []
     for subject in subjects:
         answer = source.choice((str(source.randrange(10_000, 99_999)), source.choice(_WORDS)))
+        answers.append(answer)
         needle = f"\nThe {subject} is {answer}. Remember it. {answer} is the {subject}.\n"
         place = int(len(ids) * source.uniform(0.02, 0.95))
         ids = ids[:place] + tokenizer(needle)["input_ids"] + ids[place:]
-    return ids + question
+    return ids + question, answers[0]
 
 
 def text_example(ids: list[int], source: random.Random, num_tokens: int) -> Example:
