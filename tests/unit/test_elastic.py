@@ -50,7 +50,7 @@ def test_influence_is_the_change_of_the_loss_where_that_is_linear() -> None:
         tensor.requires_grad_()
     span, asked = Span(3, 5, alpha_tokens=0, beta_64ths=16), 27
     weight = torch.zeros(2, 30, 8)
-    weight[0, asked] = torch.randn(8)  # one query head: magnitudes do not cancel
+    weight[:, asked] = torch.randn(2, 8)
     influence = Influence([Span(0, 64), span], 1, 1)
     out, _ = influence.attend(
         SimpleNamespace(layer_idx=0), query[None], key[None], value[None], None
@@ -63,9 +63,9 @@ def test_influence_is_the_change_of_the_loss_where_that_is_linear() -> None:
         change = (
             _attention(query, key, value, hidden) - _attention(query, key, value, None)
         ) * weight
-    costs = influence.total[0, 0]
-    assert costs[0] == 0  # hides nothing
-    torch.testing.assert_close(float(costs[1]), abs(float(change.sum())), rtol=1e-4, atol=1e-6)
+    found = influence.change[0, 0]
+    assert found[0] == 0  # hides nothing
+    torch.testing.assert_close(float(found[1]), float(change.sum()), rtol=1e-4, atol=1e-6)
 
 
 def test_heads_get_spans_within_the_budget_and_in_whole_groups() -> None:
@@ -102,3 +102,13 @@ def test_a_budget_that_no_plan_keeps_to_is_an_error() -> None:
     impossible: Any = Program(np.ones((4, 1)), np.array([[0.3], [0.9]]), 0.2, 3)
     with pytest.raises(UserError, match=r"--density is 0\.2; no assignment"):
         assign(impossible)
+
+
+def test_a_rule_that_keeps_less_never_costs_less() -> None:
+    import numpy as np
+
+    from vllm_ext.calibration.plans import never_less
+
+    costs = np.array([[3.0, 1.0, 2.0, 0.0], [0.5, 0.2, 0.1, 0.0]])
+    found = never_less(costs, kept=np.array([0.2, 0.1, 0.5, 1.0]))
+    np.testing.assert_array_equal(found, [[3.0, 3.0, 2.0, 0.0], [0.5, 0.5, 0.1, 0.0]])

@@ -35,7 +35,7 @@ from vllm_ext.calibration.assignment import (
 )
 from vllm_ext.calibration.elastic_prompts import RESPONSE_TOKENS, Prompt, make_prompts
 from vllm_ext.calibration.influence import Influence
-from vllm_ext.calibration.plans import Plan
+from vllm_ext.calibration.plans import Plan, both_kinds, never_less, paid
 from vllm_ext.calibration.spanned import SpannedModel
 from vllm_ext.calibration.state import SavedState
 
@@ -58,7 +58,7 @@ class ElasticSettings:
 
     Attributes:
         model: folder of the checkpoint.
-        density: share of the tokens that the heads keep on average, at most, at every length.
+        density: share of the longest prompt's tokens that the heads keep on average, at most.
         context_tokens: of the longest prompt.
         examples: prompts of each kind and length.
         sink_tokens: first tokens that every head sees.
@@ -162,10 +162,12 @@ class Calibration:
                 self._state.keep(name, self._measure(prompt))
             found.append(self._state.recall(name))
         self._progress("measuring influence", len(prompts), len(prompts))
-        return {
-            length: _both_kinds([one for one in found if one["length_tokens"] == length])
-            for length in self._settings.lengths_tokens()
-        }
+        by_length = {}
+        for length in self._settings.lengths_tokens():
+            costs = both_kinds([one for one in found if one["length_tokens"] == length])
+            kept = np.array([density_of(rule, length) for rule in self._rules])
+            by_length[length] = never_less(costs, kept)
+        return by_length
 
     def _measure(self, prompt: Prompt) -> dict[str, Any]:
         model = self._loaded()
@@ -173,7 +175,8 @@ class Calibration:
         influence = Influence(self._rules, model.num_layers, model.num_kv_heads)
         with model.attending(influence.attend):
             influence.measure(model.model, prompt.ids + response, len(response))
-        costs = [[float(f"{cost:.4g}") for cost in head] for head in influence.total.flatten(0, 1)]
+        found = influence.change.abs().flatten(0, 1)
+        costs = [[float(f"{cost:.4g}") for cost in head] for head in found]
         return {"kind": prompt.kind, "length_tokens": prompt.length_tokens, "costs": costs}
 
     def _plans(self, influence: dict[int, np.ndarray]) -> list[Plan]:
@@ -184,15 +187,14 @@ class Calibration:
             self._progress("planning", number, len(aims))
             rules = assign(self._program(np.sum(costs, axis=0), self._settings.density))
             if all(rules != plan.rules for plan in plans):
-                paid = [_paid(one, rules) for one in influence.values()]
-                plans.append(Plan(aim, rules, paid))
+                plans.append(Plan(aim, rules, [paid(one, rules) for one in influence.values()]))
         self._progress("planning", len(aims), len(aims))
         return plans
 
     def _program(self, costs: np.ndarray, density: float) -> Program:
-        lengths = self._settings.lengths_tokens()
-        densities = [[density_of(rule, length) for rule in self._rules] for length in lengths]
-        return Program(costs, np.array(densities), density, group_size(len(costs)))
+        longest = self._settings.context_tokens
+        densities = np.array([[density_of(rule, longest) for rule in self._rules]])
+        return Program(costs, densities, density, group_size(len(costs)))
 
     def _curve(self, influence: dict[int, np.ndarray]) -> list[tuple[float, float]]:
         """Influence over all lengths by density: what another budget could give at best, with as
@@ -280,19 +282,6 @@ class Calibration:
                 }
             },
         ).with_section(MOA.name, section)
-
-
-def _both_kinds(samples: list[dict[str, Any]]) -> np.ndarray:
-    """``[heads, rules]``: each kind's mean over its prompts, scaled to a mean of one."""
-    parts = []
-    for kind in sorted({sample["kind"] for sample in samples}):
-        costs = np.mean([sample["costs"] for sample in samples if sample["kind"] == kind], axis=0)
-        parts.append(costs / max(float(costs.mean()), 1e-30))
-    return np.asarray(np.mean(parts, axis=0))
-
-
-def _paid(costs: np.ndarray, rules: list[int]) -> float:
-    return round(float(costs[np.arange(len(rules)), rules].sum()), 4)
 
 
 def _plain(value: Any) -> Any:

@@ -62,7 +62,7 @@ def markdown(profile: Profile, shown: dict[str, Any], image: Path | None) -> str
         "",
         f"Prompts of up to {found['context_tokens']} tokens, {found['examples']} of retrieval and "
         f"of text each at three lengths, seed {found['seed']}; at most {found['density']:.0%} of "
-        "the tokens kept on average over the heads, at every length.",
+        "the longest prompt's tokens kept, on average over the heads.",
         "",
         "| class | sinks | least span | alpha | beta | KV heads | kept of "
         + " | kept of ".join(f"{n} tokens" for n in found["density_at"])

@@ -8,6 +8,10 @@ once, with the weights that remain made to add up to one: ``sum_j A_ij (D_i - g_
 A_ij)``, ``D_i = sum_n g_in A_in``. Sums over a stretch are differences of running sums, whatever
 the number of rules. Rules are our spans by position, sinks apart.
 
+Effects are added up with their signs, queries and a group's query heads alike: that is the change
+of the sample's loss, to first order. Added up by magnitude, the thousands of queries that change it
+a little one way or the other drown the few that retrieve (docs/results.md has both).
+
 The gradient of the logits, which the backward pass computes anyway, is the numerator with its sign
 turned; so one backward pass measures all layers, heads and rules. Weights are computed again there,
 some queries at a time, and never kept.
@@ -37,13 +41,13 @@ class Influence:
         num_kv_heads: of each layer.
 
     Attributes:
-        total: ``[num_layers, num_kv_heads, rules]`` fp64, of all samples so far: what hiding costs,
-            queries and query heads of a group summed by magnitude.
+        change: ``[num_layers, num_kv_heads, rules]`` fp64, of the last sample: how much the loss
+            grows, or falls, over all queries and the query heads of a group.
     """
 
     def __init__(self, spans: Sequence[Span], num_layers: int, num_kv_heads: int) -> None:
         self.spans = tuple(spans)
-        self.total = torch.zeros(num_layers, num_kv_heads, len(spans), dtype=torch.float64)
+        self.change = torch.zeros(num_layers, num_kv_heads, len(spans), dtype=torch.float64)
         self._hidden: dict[tuple[int, int], _Hidden] = {}  # the same in every head and layer
 
     def hidden(self, first: int, last: int, device: torch.device) -> _Hidden:
@@ -75,7 +79,7 @@ class Influence:
         return out.transpose(1, 2).contiguous(), None
 
     def measure(self, model: Any, ids: Sequence[int], response_tokens: int) -> float:
-        """Adds one sample.
+        """Measures one sample.
 
         Args:
             model: whose attention this is, its weights without gradients.
@@ -85,6 +89,7 @@ class Influence:
         Returns:
             The loss on the response, for people.
         """
+        self.change.zero_()
         tokens = torch.tensor(ids, device=model.device)
         # Not of the weights, whose gradients nobody needs.
         inputs = model.get_input_embeddings()(tokens[None, :-1]).detach().requires_grad_()
@@ -125,7 +130,7 @@ class _Measured(torch.autograd.Function):
         weighted = (grad_out * out).sum(-1, keepdim=True)  # D, of every query
         grad_query = torch.empty_like(grouped)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        total = ctx.influence.total[ctx.layer]
+        change = ctx.influence.change[ctx.layer]
         for head in range(num_kv_heads):
             for first in range(0, num_tokens, CHUNK_TOKENS):
                 last = min(first + CHUNK_TOKENS, num_tokens)
@@ -141,7 +146,7 @@ class _Measured(torch.autograd.Function):
                 grad_query[head, :, first:last] = grad @ keys * ctx.scale
                 grad_key[head, :last] += (grad.transpose(1, 2) @ asked).sum(0) * ctx.scale
                 hidden = ctx.influence.hidden(first, last, key.device)
-                total[head] += _of_rules(hidden, weights, grad).cpu()
+                change[head] += _of_rules(hidden, weights, grad).cpu()
         return grad_query.reshape(query.shape), grad_key, grad_value, None, None, None
 
 
@@ -175,7 +180,7 @@ class _Hidden:
 
 
 def _of_rules(hidden: _Hidden, weights: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """``[rules]`` fp64: what each rule costs these queries of one KV head.
+    """``[rules]`` fp64: how much each rule changes the loss through these queries of one KV head.
 
     Args:
         hidden: what the rules hide.
@@ -183,4 +188,4 @@ def _of_rules(hidden: _Hidden, weights: torch.Tensor, grad: torch.Tensor) -> tor
         grad: of the logits, likewise; overwritten.
     """
     left = (1 - hidden.sums(weights.cumsum_(-1))).clamp_min_(LEAST_LEFT)
-    return (hidden.sums(grad.cumsum_(-1)) / left).abs().sum((0, 1), dtype=torch.float64)
+    return -(hidden.sums(grad.cumsum_(-1)) / left).sum((0, 1), dtype=torch.float64)

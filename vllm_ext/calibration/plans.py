@@ -1,9 +1,12 @@
-"""Assignments of spans to KV heads, and what was found out about them."""
+"""Assignments of spans to KV heads: what they cost, and what was found out about them."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,30 @@ class Plan:
     def loss(self) -> float:
         """What the choice minimises: both kinds of prompt count the same."""
         return (self.kl_text + self.kl_retrieval) / 2
+
+
+def both_kinds(samples: list[dict[str, Any]]) -> np.ndarray:
+    """``[heads, rules]``: each kind's mean over its prompts, scaled to a mean of one."""
+    parts = []
+    for kind in sorted({sample["kind"] for sample in samples}):
+        costs = np.mean([sample["costs"] for sample in samples if sample["kind"] == kind], axis=0)
+        parts.append(costs / max(float(costs.mean()), 1e-30))
+    return np.asarray(np.mean(parts, axis=0))
+
+
+def never_less(costs: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """``[heads, rules]`` where a rule that keeps less never costs less: few samples say it may.
+
+    Args:
+        costs: ``[heads, rules]``.
+        kept: ``[rules]``, the share of the tokens that each keeps.
+    """
+    order = np.argsort(-kept, kind="stable")
+    risen = costs.copy()
+    risen[:, order] = np.maximum.accumulate(costs[:, order], axis=1)
+    return risen
+
+
+def paid(costs: np.ndarray, rules: list[int]) -> float:
+    """What an assignment costs."""
+    return round(float(costs[np.arange(len(rules)), rules].sum()), 4)
