@@ -76,6 +76,7 @@ class _Worker(RetainingWorker, _Stock):
             cache_config=SimpleNamespace(block_size=32),
             scheduler_config=SimpleNamespace(max_num_seqs=4),
             max_in_flight_tokens=256,
+            max_concurrent_batches=1,
             compilation_config=SimpleNamespace(
                 static_forward_context={
                     name: attention_layer(index, ExtAttentionImpl)
@@ -116,6 +117,27 @@ def test_groups_as_planned_start(
     config = _grouped(dict(specs))
     worker.initialize_from_config(config)
     assert worker.given is config
+
+
+@pytest.mark.parametrize(
+    ("window_tokens", "level", "words"),
+    [
+        (256, "INFO", "SINK_WINDOW: 5.1 requests of 4096 tokens at once in this pool, dense 0.5;"),
+        (4000, "WARNING", "SINK_WINDOW frees next to nothing: 0.5 requests of 4096 tokens"),
+    ],
+)
+def test_the_log_says_what_is_freed(
+    window_tokens: int, level: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = _Worker("SINK_WINDOW", {"window_tokens": window_tokens})
+    config = _grouped(dict(worker.get_kv_cache_spec()))
+    config.num_blocks = 65
+    with caplog.at_level("INFO", "vllm.vllm_ext"):
+        worker.initialize_from_config(config)
+    said = {record.getMessage(): record.levelname for record in caplog.records}
+    (line,) = (line for line in said if line.startswith(words))
+    assert said[line] == level
+    assert "up to 256 prompt tokens in flight" in line
 
 
 def test_other_groups_are_refused_before_anything_is_allocated() -> None:
