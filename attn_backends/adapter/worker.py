@@ -17,7 +17,7 @@ from attn_backends.adapter.compat import unseeded_chunks
 from attn_backends.adapter.config import chosen_method, engine_facts, method_config
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.entries import policies_by_name
-from attn_backends.adapter.planning import selectors_of
+from attn_backends.adapter.planning import head_tables_of, selectors_of
 from attn_backends.adapter.requests import BOOK, RowIds
 from attn_backends.adapter.warming import unbind_caches, warm_up_builders
 from attn_backends.config import ConfigError
@@ -173,10 +173,11 @@ class ReadyBeforeServing:
 
     def determine_available_memory(self) -> int:
         """See ``Worker.determine_available_memory``: builders are made after vLLM has measured, so
-        their selectors' buffers are held meanwhile. Layers let go of the small cache on which
-        vLLM captured graphs to measure them.
+        their selectors' buffers, and those of heads that are rows, are held meanwhile. Layers let
+        go of the small cache on which vLLM captured graphs to measure them.
         """
-        held = selectors_of(self.vllm_config, self._specs, self.device)
+        engine = self.vllm_config, self._specs, self.device
+        held = selectors_of(*engine), head_tables_of(*engine)
         stock: Any = super()
         available_bytes: int = stock.determine_available_memory()
         del held

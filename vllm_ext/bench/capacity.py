@@ -90,7 +90,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"GPU: {info['gpu']}.",
         "",
         "*Predicted* is what `vllm-ext doctor` says of such a pool, and in brackets what was "
-        "reached of it (of the requests sent, if those are fewer). *schedule()* is the median over "
+        "reached of it (of the requests sent, if those are fewer; a pool takes whole ones). *schedule()* is the median over "
         f"steps in which {load['pool_requests']} requests decode and none waits or reads its "
         "prompt, without the model's own time.",
         "",
