@@ -90,9 +90,10 @@ def markdown(result: dict[str, Any]) -> str:
         f"GPU: {info['gpu']}.",
         "",
         "*Predicted* is what `vllm-ext doctor` says of such a pool, and in brackets what was "
-        "reached of it (of the requests sent, if those are fewer; a pool takes whole ones). *schedule()* is the median over "
-        f"steps in which {load['pool_requests']} requests decode and none waits or reads its "
-        "prompt, without the model's own time.",
+        "reached of it (of the requests sent, if those are fewer; a pool takes whole ones). "
+        "*schedule()* is the median over steps in which "
+        f"{load['pool_requests']} requests decode and none waits or reads its prompt, without the "
+        "model's own time.",
         "",
         "| arm | decoding at once | / first arm | predicted | preemptions | KV groups "
         "| schedule() ms | peak KV use, reported / counted | blocks per decoding request "
