@@ -22,9 +22,23 @@ def padded_entries(counts: Sequence[int]) -> int:
     Args:
         counts: entries of each kind.
     """
-    smallest, largest = min(counts), max(counts)
-    size = largest if largest < 1.5 * smallest else smallest  # vLLM's rule
+    size = _group_size(counts)
     return sum(-count % size for count in counts)
+
+
+def num_groups(counts: Sequence[int]) -> int:
+    """KV groups that a paged engine makes.
+
+    Args:
+        counts: entries of each kind.
+    """
+    size = _group_size(counts)
+    return sum(-(-count // size) for count in counts)
+
+
+def _group_size(counts: Sequence[int]) -> int:
+    smallest, largest = min(counts), max(counts)
+    return largest if largest < 1.5 * smallest else smallest  # vLLM's rule
 
 
 def require_unpadded(counts: Sequence[int]) -> None:

@@ -8,17 +8,19 @@ layer's own cache and block table. Their rows are short: how long a row is chang
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 
 from attn_backends.batch import PagedBatch
+from attn_backends.head_tables import HeadPlaces, HeadTables
 from attn_backends.layer_step import LayerStep, StepBatch
 from attn_backends.method import Selector, StepRows
 from attn_backends.ops.resolution import Ops
 from attn_backends.plan import LayerPlan
+from attn_backends.split_step import SplitLayerStep, SplitRows
 
 ROW_COUNTS = (0, 1, 2, 16)  # of decode rows, and of prefill rows beside them
 PROMPT_TOKENS = (17, 32)  # of a prefill row
@@ -32,15 +34,36 @@ class WarmLayer:
 
     Attributes:
         ops: without and with a token rule.
-        views: key and value cache, ``[num_blocks, num_kv_heads, block_size, head_size]``.
+        views: key and value cache, ``[num_blocks, num_kv_heads, block_size, head_size]``; of the
+            pool's tiles where heads have caches of their own.
         num_query_heads: of the layer.
         scale: of its scores.
+        places: of its heads, where they have caches of their own.
     """
 
     ops: tuple[Ops, Ops]
     views: tuple[torch.Tensor, torch.Tensor]
     num_query_heads: int
     scale: float
+    places: HeadPlaces | None = None
+
+
+@dataclass(frozen=True)
+class WarmHeads:
+    """What layers share whose heads have caches of their own.
+
+    Attributes:
+        tables: sizes and buffers.
+        block_tables: of each KV group of heads, as ``warm_up`` takes one.
+    """
+
+    tables: HeadTables
+    block_tables: Sequence[torch.Tensor]
+
+    def rows(self, step: StepBatch, num_rows: int) -> SplitRows:
+        """The rows of a step by head."""
+        tables = [table[:num_rows] for table in self.block_tables]
+        return SplitRows.of(step, self.tables, tables)
 
 
 @dataclass(frozen=True)
@@ -71,7 +94,11 @@ def batch_sizes(limits: Limits) -> Iterator[tuple[int, int, int]]:
 
 
 def warm_up(
-    selector: Selector, layers: Mapping[int, WarmLayer], block_table: torch.Tensor, limits: Limits
+    selector: Selector,
+    layers: Mapping[int, WarmLayer],
+    block_table: torch.Tensor,
+    limits: Limits,
+    heads: WarmHeads | None = None,
 ) -> None:
     """Runs every op that these layers use. Nothing is written but selections and masses, which
     every step writes anew.
@@ -82,6 +109,7 @@ def warm_up(
         block_table: that steps use, ``[max_num_reqs, max_blocks]`` int32; what it holds are blocks
             of the layers' caches.
         limits: of the engine.
+        heads: where layers have ``places``.
     """
     for num_decodes, num_prefills, num_tokens in batch_sizes(limits):
         query_lens = [1] * num_decodes + [num_tokens] * num_prefills
@@ -92,7 +120,8 @@ def warm_up(
             seq_lens = batch.seq_lens[:num_decodes]
             plan = selector.plan(StepRows(seq_lens, seq_lens.cpu(), batch.num_reqs))
             planned = ((plan.layers[index], one) for index, one in layers.items())
-            _attend(planned, step)
+            rows = None if heads is None else heads.rows(step, batch.num_reqs)
+            _attend(planned, step, rows)
 
 
 def _batch(query_lens: list[int], block_table: torch.Tensor, max_seq_len: int) -> PagedBatch:
@@ -112,10 +141,16 @@ def _batch(query_lens: list[int], block_table: torch.Tensor, max_seq_len: int) -
     )
 
 
-def _attend(planned: Iterable[tuple[LayerPlan, WarmLayer]], step: StepBatch) -> None:
+def _attend(
+    planned: Iterable[tuple[LayerPlan, WarmLayer]], step: StepBatch, rows: SplitRows | None
+) -> None:
     for plan, one in planned:
         key_cache = one.views[0]
         shape = (step.num_tokens, one.num_query_heads, key_cache.shape[3])
         query = torch.zeros(shape, dtype=key_cache.dtype, device=key_cache.device)
         ops = one.ops[plan.rule is not None]
-        LayerStep(plan, step, ops, one.views, one.scale).attend(query, torch.empty_like(query))
+        layer = LayerStep(plan, step, ops, one.views, one.scale)
+        if rows is not None and one.places is not None:
+            SplitLayerStep(layer, rows, one.places).attend(query, torch.empty_like(query))
+        else:
+            layer.attend(query, torch.empty_like(query))

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from attn_backends.config import known_settings, parse_config
+from attn_backends.config import ConfigError, known_settings, parse_config
+from attn_backends.method import Geometry
 from attn_backends.methods import REGISTRY, load_method
+from attn_backends.profile import read_model_config
+from kvcache.retention import SpanRetention
 
-__all__ = ["REGISTRY", "check_settings", "own_settings"]
+__all__ = ["REGISTRY", "check_settings", "frees_memory", "own_settings"]
 
 
 def check_settings(method: str, settings: Mapping[str, Any]) -> None:
@@ -37,3 +41,44 @@ def own_settings(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if arm not in REGISTRY:
         return {}
     return known_settings(load_method(arm).config_cls, settings)
+
+
+def frees_memory(method: str, settings: Mapping[str, Any], model: Path) -> bool:
+    """Whether the method forgets a part of what this checkpoint caches; False, too, for one that
+    needs a profile where none fits the checkpoint.
+
+    Args:
+        method: a name of ``REGISTRY``.
+        settings: as in ``own_settings``.
+        model: folder with ``config.json``.
+
+    Raises:
+        ConfigError: a bad setting.
+    """
+    one = load_method(method)
+    config = parse_config(one.config_cls, own_settings(method, settings), method)
+    geometry = _geometry(model)
+    try:
+        schedule = one.schedule(config, geometry)
+    except ConfigError:
+        if one.needs_profile:
+            return False
+        raise
+    entries = one.entries(config, schedule, geometry)
+    return any(isinstance(entry.policy, SpanRetention) for entry in entries)
+
+
+def _geometry(model: Path) -> Geometry:
+    """As far as a checkpoint's own file tells it; blocks and rows are anybody's."""
+    config = read_model_config(model)
+    num_heads = config["num_attention_heads"]
+    return Geometry(
+        num_layers=config["num_hidden_layers"],
+        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        num_query_heads=num_heads,
+        head_size=config.get("head_dim") or config["hidden_size"] // num_heads,
+        block_size=32,
+        max_num_reqs=1,
+        max_model_len=config["max_position_embeddings"],
+        model_path=str(model),
+    )

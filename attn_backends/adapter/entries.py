@@ -11,7 +11,7 @@ Proven with vLLM's V1 runner on CPU. Not run on a GPU, and refused under tensor 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from attn_backends.adapter.config import chosen_method, planned_entries
 from attn_backends.config import ConfigError
 from attn_backends.head_tables import HeadPlaces, HeadTables
 from attn_backends.split_step import SplitRows
+from attn_backends.warm_up import WarmHeads
 from kvcache.layout import KVOrder, kv_views
 
 if TYPE_CHECKING:
@@ -103,14 +104,11 @@ class SplitEngine:
         block_size, double_head = first.shape[2:]
         tile_elements = block_size * double_head
         if self._shared is None:
-            self._shared = HeadTables.of(
-                self._geometry.num_kv_heads,
+            self._shared = shared_head_tables(
+                self._geometry,
                 len(self._spokesmen),
-                block_size,
-                first.stride(0) // tile_elements,
-                max_num_reqs=self._geometry.max_num_reqs,
+                tile_stride=first.stride(0) // tile_elements,
                 max_num_tokens=self._max_num_tokens,
-                max_blocks=-(-self._geometry.max_model_len // block_size),
                 device=first.device,
             )
         by_head: dict[int, tuple[int, int]] = {}  # group and first tile
@@ -124,6 +122,14 @@ class SplitEngine:
         shape = (num_tiles, 1, block_size, double_head)
         strides = (tile_elements, tile_elements, double_head, 1)
         return SplitCache(places, kv_views(first.as_strided(shape, strides, 0), order))
+
+    def warm_heads(self, block_tables: Mapping[str, torch.Tensor]) -> WarmHeads:
+        """What the split layers' warm-up shares; one of their caches has been looked at.
+
+        Args:
+            block_tables: of every KV group, by the name of each layer or entry in it.
+        """
+        return WarmHeads(self._tables, [block_tables[name] for name in self._spokesmen])
 
     def rows(self, step: ExtMetadata) -> SplitRows:
         """The step's rows by head."""
@@ -151,6 +157,35 @@ class SplitEngine:
     def _begin(self, step: ExtMetadata) -> None:
         if step.plan is not self._plan:
             self._plan, self._rows, self._slots = step.plan, None, None
+
+
+def shared_head_tables(
+    geometry: Geometry,
+    num_groups: int,
+    *,
+    tile_stride: int,
+    max_num_tokens: int,
+    device: torch.device,
+) -> HeadTables:
+    """Of an engine's split layers.
+
+    Args:
+        geometry: of the layers.
+        num_groups: KV groups of their entries.
+        tile_stride: tiles from a block of a head to its next.
+        max_num_tokens: of a step.
+        device: of the buffers.
+    """
+    return HeadTables.of(
+        geometry.num_kv_heads,
+        num_groups,
+        geometry.block_size,
+        tile_stride,
+        max_num_reqs=geometry.max_num_reqs,
+        max_num_tokens=max_num_tokens,
+        max_blocks=-(-geometry.max_model_len // geometry.block_size),
+        device=device,
+    )
 
 
 @dataclass(frozen=True)

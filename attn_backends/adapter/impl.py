@@ -18,6 +18,8 @@ from attn_backends.ops.resolution import ORDER_OF_DEVICE
 from attn_backends.split_step import SplitLayerStep
 from kvcache.layout import PagedKVLayout, kv_views
 
+SKIPPED_SLOT = -1  # cache_write leaves such a token out
+
 
 class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
     """One attention layer.
@@ -96,13 +98,26 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         context = OpContext(layout, num_query_heads, device_type, with_rule=False)
         return engine_and_our_ops(context, self._kernel).cache_write
 
-    def _split_cache(self, kv_cache: torch.Tensor, split: SplitEngine) -> SplitCache:
+    def split_cache(self, kv_cache: torch.Tensor, split: SplitEngine) -> SplitCache:
+        """The tiles of a split layer's heads; ``kv_cache`` is its first entry's."""
         if self._bound_split is None or kv_cache is not self._bound_split[0]:
             cache = split.cache_of(self._entries, ORDER_OF_DEVICE[kv_cache.device.type])
             group_size = self.num_heads // self.num_kv_heads
             self._cache_write = self._writer(kv_cache[:, :1], group_size)
             self._bound_split = kv_cache, cache
         return self._bound_split[1]
+
+    def write_nothing(self, kv_cache: torch.Tensor, num_tokens: int) -> None:
+        """Launches ``cache_write`` as a step of so many tokens does, with slots of padding alone.
+        The cache has been looked at.
+        """
+        split = self._bound_split
+        views = self.cache_views(kv_cache) if split is None else split[1].views
+        _, num_kv_heads, _, head_size = views[0].shape  # a tile has one head: heads are rows
+        num_rows = num_tokens * self.num_kv_heads // num_kv_heads
+        keys = kv_cache.new_zeros(num_rows, num_kv_heads, head_size)
+        slots = torch.full((num_rows,), SKIPPED_SLOT, device=kv_cache.device)
+        self._cache_write.run(keys, keys, *views, slots)
 
     def do_kv_cache_update(
         self,
@@ -123,7 +138,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
         if metadata is None:
             return  # a dummy run: nothing is to be written, and nobody says where blocks lie
         step: ExtMetadata = metadata[self._entries[0].split_layer]
-        cache = self._split_cache(kv_cache, step.split)
+        cache = self.split_cache(kv_cache, step.split)
         slots = cache.places.slots(step.split.slots(step))
         self._cache_write.run(fold_keys(key), fold_keys(value), *cache.views, slots)
 
@@ -157,7 +172,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             views = self.cache_views(kv_cache)
             attn_metadata.step_of(layer.layer_name, views, self.scale).attend(query, output)
             return output
-        cache = self._split_cache(kv_cache, attn_metadata.split)
+        cache = self.split_cache(kv_cache, attn_metadata.split)
         step = attn_metadata.step_of(layer.layer_name, cache.views, self.scale)
         rows = attn_metadata.split.rows(attn_metadata)
         SplitLayerStep(step, rows, cache.places).attend(query, output)

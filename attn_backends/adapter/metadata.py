@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.attention import Attention
@@ -164,21 +164,28 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         split = self._planner.split
         return ExtMetadata(step, layers, plan, self._ops, batch.block_table, split)
 
-    def warm_up(self, block_table: torch.Tensor, limits: Limits) -> None:
-        """Runs every op of the group's layers; caches are bound. See ``warm_up.warm_up``."""
-        mine = ((index, self._layers[name]) for name, index in self._layer_of.items())
-        served = {
-            index: WarmLayer(
-                self._ops,
-                layer.impl.cache_views(layer.kv_cache),
-                layer.num_heads,
-                layer.impl.scale,
-            )
-            for index, layer in mine
-            if not layer.impl.is_dropped and not layer.impl.is_split
-        }
-        if served:
-            warm_up(self._planner.selector, served, block_table, limits)
+    def warm_up(self, block_tables: Mapping[str, torch.Tensor], limits: Limits) -> None:
+        """Runs every op of the group's layers; caches are bound. See ``warm_up.warm_up``.
+
+        Args:
+            block_tables: of every KV group, by the name of each layer or entry in it.
+            limits: of the engine.
+        """
+        names = [name for name in self._layer_of if not self._layers[name].impl.is_dropped]
+        served = {self._layer_of[name]: self._warm_layer(self._layers[name]) for name in names}
+        if not served:
+            return
+        split = self._planner.split
+        has_heads = any(layer.places is not None for layer in served.values())
+        heads = split.warm_heads(block_tables) if has_heads else None
+        warm_up(self._planner.selector, served, block_tables[names[0]], limits, heads)
+
+    def _warm_layer(self, layer: Any) -> WarmLayer:
+        sizes = layer.num_heads, layer.impl.scale
+        if not layer.impl.is_split:
+            return WarmLayer(self._ops, layer.impl.cache_views(layer.kv_cache), *sizes)
+        cache = layer.impl.split_cache(layer.kv_cache, self._planner.split)
+        return WarmLayer(self._ops, cache.views, *sizes, cache.places)
 
     def _plan(self, common: CommonAttentionMetadata, rows: RowKinds) -> StepPlan:
         if not self._layer_of:

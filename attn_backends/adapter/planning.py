@@ -23,11 +23,14 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from attn_backends.adapter.config import chosen_method, geometry_of, method_config
 from attn_backends.adapter.counters import RowCounters
-from attn_backends.adapter.entries import SplitEngine
+from attn_backends.adapter.entries import SplitEngine, shared_head_tables
 from attn_backends.adapter.requests import BOOK
 from attn_backends.config import ConfigError
+from attn_backends.head_classes import num_groups
+from attn_backends.head_tables import HeadTables
 from attn_backends.method import Geometry, Selector, StepRows
 from attn_backends.plan import NO_LAYERS, LayerSchedule, StepPlan
+from kvcache.adapter.specs import policies_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -157,6 +160,35 @@ def selectors_of(
         method.make_selector(config, method.schedule(config, geometry), geometry, device)
         for geometry in geometries
     ]
+
+
+def head_tables_of(
+    vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec], device: torch.device
+) -> HeadTables | None:
+    """What split layers will share (``SplitEngine``), with buffers of the same size; None where no
+    layer is split.
+
+    Args:
+        vllm_config: of the engine; its layers are constructed.
+        specs: of the KV cache, by layer or entry.
+        device: of the buffers.
+    """
+    layers = attention_layers(vllm_config)
+    entries = {
+        name: spec
+        for name, spec in specs.items()
+        if isinstance(spec, AttentionSpec) and name not in layers
+    }
+    if not entries:
+        return None
+    sample, spec = next(iter(layers.values())), next(iter(entries.values()))
+    return shared_head_tables(
+        group_geometry(vllm_config, sample, spec),
+        num_groups([*Counter(policies_of(entries).values()).values()]),
+        tile_stride=1,
+        max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        device=device,
+    )
 
 
 def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:

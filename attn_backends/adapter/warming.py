@@ -14,15 +14,10 @@ from attn_backends.warm_up import PROMPT_TOKENS, ROW_COUNTS, Limits
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SKIPPED_SLOT = -1  # cache_write leaves such a token out
-
 
 @torch.inference_mode()
 def warm_up_builders(runner: Any, vllm_config: VllmConfig) -> None:
     """Runs every op that a method uses, on the caches and block tables of the engine.
-
-    Layers whose heads have caches of their own are left out: vLLM's own warm-up and the capture of
-    graphs run them.
 
     Args:
         runner: vLLM's V1 or V2 model runner; its KV cache is allocated.
@@ -33,11 +28,17 @@ def warm_up_builders(runner: Any, vllm_config: VllmConfig) -> None:
         vllm_config.scheduler_config.max_num_batched_tokens,
         vllm_config.model_config.max_model_len,
     )
+    builders: list[ExtMetadataBuilder] = []
+    block_tables: dict[str, torch.Tensor] = {}
     for group_id, groups in enumerate(runner.attn_groups):
         for group in groups:
             builder = group.get_metadata_builder(0)
             if isinstance(builder, ExtMetadataBuilder):
-                builder.warm_up(_block_table(runner, group_id), limits)
+                builders.append(builder)
+                table = _block_table(runner, group_id)
+                block_tables |= dict.fromkeys(group.layer_names, table)
+    for builder in builders:  # a layer may need the tables of all groups
+        builder.warm_up(block_tables, limits)
     for layer in attention_layers(vllm_config).values():
         if isinstance(layer.impl, ExtAttentionImpl):
             _write_nothing(layer, limits)
@@ -61,13 +62,8 @@ def _block_table(runner: Any, group_id: int) -> torch.Tensor:
 
 def _write_nothing(layer: Any, limits: Limits) -> None:
     """``cache_write`` with slots of padding alone."""
-    if layer.impl.is_dropped or layer.impl.is_split:
+    if layer.impl.is_dropped:
         return
-    kv_cache = layer.kv_cache
     for num_tokens in {*ROW_COUNTS, *PROMPT_TOKENS} - {0}:
-        if num_tokens > limits.max_num_tokens:
-            continue
-        shape = (num_tokens, layer.num_kv_heads, layer.head_size)
-        keys = torch.zeros(shape, dtype=kv_cache.dtype, device=kv_cache.device)
-        slots = torch.full((num_tokens,), SKIPPED_SLOT, device=kv_cache.device)
-        layer.impl.do_kv_cache_update(layer, keys, keys, kv_cache, slots)
+        if num_tokens <= limits.max_num_tokens:
+            layer.impl.write_nothing(layer.kv_cache, num_tokens)

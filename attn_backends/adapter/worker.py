@@ -4,6 +4,7 @@ rows a batch has, and on GPUs kernels and buffers that are there before the firs
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,22 @@ from attn_backends.adapter.compat import unseeded_chunks
 from attn_backends.adapter.config import chosen_method, engine_facts, method_config
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.entries import policies_by_name
-from attn_backends.adapter.planning import selectors_of
+from attn_backends.adapter.planning import head_tables_of, selectors_of
 from attn_backends.adapter.requests import BOOK, RowIds
 from attn_backends.adapter.warming import unbind_caches, warm_up_builders
 from attn_backends.config import ConfigError
+from kvcache.adapter.concurrency import Concurrency, concurrency
 from kvcache.adapter.specs import policies_of, policies_of_groups, with_policies
 from kvcache.grouping import check_groups
+from kvcache.retention import SpanRetention
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
+
+logger = logging.getLogger("vllm.vllm_ext")
+
+LEAST_GAIN = 1.05  # requests at once, to dense's
 
 STOCK_WORKERS = {
     "cpu": "vllm.v1.worker.cpu_worker.CPUWorker",
@@ -111,13 +118,29 @@ class RetainingWorker:
             ConfigError: vLLM's KV groups are not the ones that were planned.
         """
         if (method := chosen_method(self.vllm_config)) is not None:
+            groups = policies_of_groups(kv_cache_config)
             try:
-                check_groups(self._planned, policies_of_groups(kv_cache_config))
+                check_groups(self._planned, groups)
             except ValueError as error:
                 raise ConfigError(f"{method.name}: {error}") from None
+            if any(isinstance(policy, SpanRetention) for one in groups for policy in one.values()):
+                say_what_is_freed(method.name, concurrency(self.vllm_config, kv_cache_config))
         stock: Any = super()
         with unallocated(self.vllm_config):
             stock.initialize_from_config(kv_cache_config)
+
+
+def say_what_is_freed(method_name: str, pool: Concurrency) -> None:
+    """One line of the log, as ``vllm-ext doctor`` says it; a warning where nothing is gained."""
+    if pool.held > LEAST_GAIN * pool.dense:
+        logger.info("%s: %s", method_name, pool)
+    else:
+        logger.warning(
+            "%s frees next to nothing: %s; a larger pool, smaller --max-num-batched-tokens or "
+            "longer requests would tell",
+            method_name,
+            pool,
+        )
 
 
 def row_ids_of(runner: Any) -> RowIds:
@@ -150,10 +173,11 @@ class ReadyBeforeServing:
 
     def determine_available_memory(self) -> int:
         """See ``Worker.determine_available_memory``: builders are made after vLLM has measured, so
-        their selectors' buffers are held meanwhile. Layers let go of the small cache on which
-        vLLM captured graphs to measure them.
+        their selectors' buffers, and those of heads that are rows, are held meanwhile. Layers let
+        go of the small cache on which vLLM captured graphs to measure them.
         """
-        held = selectors_of(self.vllm_config, self._specs, self.device)
+        engine = self.vllm_config, self._specs, self.device
+        held = selectors_of(*engine), head_tables_of(*engine)
         stock: Any = super()
         available_bytes: int = stock.determine_available_memory()
         del held

@@ -34,6 +34,7 @@ from kvcache.adapter.managers import SpanManager, register
 from kvcache.adapter.specs import policies_of_groups, with_policies
 from kvcache.grouping import check_groups
 from kvcache.retention import RetentionPolicy, SpanRetention
+from kvcache.spans import Span
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Life:
     request: Request
     num_computed: int = 0
     is_running: bool = False
+    was_preempted: bool = False
     first_sparse: int = 1 << 30  # the first generated token that this run computed
     under_way: deque[int] = field(default_factory=deque)  # tokens of steps that have not ended
     prefixes: list[int] = field(default_factory=lambda: [0])  # by length: what its tokens are
@@ -118,9 +120,9 @@ class World:
         self.manager, self.policies = manager_of(planned, num_blocks, caching, scale)
         self.source = random.Random(seed)
         self.lives: list[Life] = []
-        # By block id: the prefix it ends, that one's length, and whether all of it was computed
-        # densely.
-        self.content: dict[int, tuple[int, int, bool]] = {}
+        # By block id: whose heads it caches (a group), the prefix it ends, that one's length, and
+        # whether all of it was computed densely.
+        self.content: dict[int, tuple[int, int, int, bool]] = {}
         self.events: Counter[str] = Counter()
         self._hasher = get_request_block_hasher(scale.block, sha256)
         self._families = [[family] * (2 * scale.max_len // 3) for family in range(3)]
@@ -179,9 +181,11 @@ class World:
         allocated = self.manager.allocate_slots(
             request, count, num_hit, hit, full_sequence_must_fit=not life.is_running
         )
-        if allocated is not None:
-            self.computed(life, start, count)
-        return allocated is not None
+        if allocated is None:
+            return False
+        self.events["resume"] += life.was_preempted and not life.is_running
+        self.computed(life, start, count)
+        return True
 
     def computed(self, life: Life, start: int, count: int) -> None:
         """A scheduled step: what it writes is there for every step after it."""
@@ -222,6 +226,7 @@ class World:
         life.num_computed, life.is_running, life.first_sparse = 0, False, 1 << 30
         life.under_way.clear()
         life.request.num_computed_tokens = life.request.num_in_flight_tokens = 0
+        life.was_preempted = True
         if how != "preempt":
             self.lives.remove(life)
         self.events[how] += 1
@@ -231,12 +236,12 @@ class World:
         if life.num_computed > life.request.num_prompt_tokens:
             generated = max(start, life.request.num_prompt_tokens)
             life.first_sparse = min(life.first_sparse, generated)
-        for blocks in self.tables(life):
+        for group, blocks in enumerate(self.tables(life)):
             for index in range(start // block_size, -(-life.num_computed // block_size)):
                 assert not blocks[index].is_null, "a token was written into the null block"
                 end = min((index + 1) * block_size, life.num_computed)
                 is_dense = end <= life.first_sparse
-                self.content[blocks[index].block_id] = (life.prefix(end), end, is_dense)
+                self.content[blocks[index].block_id] = (group, life.prefix(end), end, is_dense)
 
     def tables(self, life: Life) -> list[Any]:
         """The request's block table of every group."""
@@ -245,11 +250,11 @@ class World:
 
     def check_hit(self, life: Life, hit: Any, num_hit: int) -> None:
         """What the next query sees is in the hit, and nothing that was computed sparsely."""
-        for policy, blocks in zip(self.policies, hit, strict=True):
+        for group, (policy, blocks) in enumerate(zip(self.policies, hit, strict=True)):
             assert num_hit == self.scale.block * len(blocks)
-            self._check_readable(life, policy, blocks, num_hit, num_hit)
+            self._check_readable(life, group, blocks, num_hit, num_hit)
             for block in blocks:
-                is_dense = block.is_null or self.content[block.block_id][2]
+                is_dense = block.is_null or self.content[block.block_id][3]
                 assert policy.caches_generated or is_dense, "computed sparsely, and served"
 
     def check(self) -> None:
@@ -271,24 +276,32 @@ class World:
     def check_tables(self, life: Life) -> None:
         """What steps under way and the next one see is there, and no more than was admitted."""
         num_final = life.num_computed - sum(life.under_way)
-        for policy, blocks in zip(self.policies, self.tables(life), strict=True):
+        for group, (policy, blocks) in enumerate(
+            zip(self.policies, self.tables(life), strict=True)
+        ):
             assert life.is_running or not blocks
-            self._check_readable(life, policy, blocks, num_final, life.num_computed)
+            self._check_readable(life, group, blocks, num_final, life.num_computed)
             if isinstance(policy, SpanRetention) and blocks:
                 alive = sum(not block.is_null for block in blocks)
                 in_flight, block_size = self.scale.in_flight, self.scale.block
                 assert alive <= policy.held_blocks(life.num_computed, in_flight, block_size)
 
     def _check_readable(
-        self, life: Life, policy: RetentionPolicy, blocks: Any, position: int, num_computed: int
+        self, life: Life, group: int, blocks: Any, position: int, num_computed: int
     ) -> None:
-        """Blocks that queries from a position on see hold this request's tokens."""
-        seen_from, sinks = 0, 0
+        """Blocks that queries from a position on see hold this request's tokens, of these heads."""
+        policy, seen_from, sinks = self.policies[group], 0, 0
         if isinstance(policy, SpanRetention):
-            seen_from, sinks = policy.span.first_seen(position + 1), policy.span.sink_tokens
+            seen_from, sinks = _first_seen(policy.span, position), policy.span.sink_tokens
         for index, block in enumerate(blocks):
             first = index * self.scale.block
             end = min(first + self.scale.block, num_computed)
             if first < end and (first < sinks or end > seen_from):
                 assert not block.is_null, f"block {index} is needed, and gone"
-                assert self.content[block.block_id][:2] == (life.prefix(end), end)
+                assert self.content[block.block_id][:3] == (group, life.prefix(end), end)
+
+
+def _first_seen(span: Span, position: int) -> int:
+    """By the definition: ``t`` is seen from position ``p`` iff ``t > p - span(p)``."""
+    elastic = span.alpha_tokens + span.beta_64ths * (position + 1) // 64
+    return position - max(span.floor_tokens, elastic) + 1

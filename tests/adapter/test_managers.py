@@ -14,6 +14,7 @@ from kvcache.adapter.figures import FOLDER_ENV, figure_files
 from kvcache.adapter.managers import HELD
 from kvcache.retention import KeepAll, RetentionPolicy, SpanRetention
 from kvcache.spans import Span
+from tests.adapter.kv_lives import EVENTS, end, event
 from tests.adapter.kv_world import SMALL, Life, Scale, World
 from vllm_ext.metrics import WorkerFigures
 
@@ -42,35 +43,6 @@ def _world(*policies: RetentionPolicy, num_blocks: int = 200, scale: Scale = SMA
     return World(_layers(policies), seed=1, num_blocks=num_blocks, caching=True, scale=scale)
 
 
-def _event(world: World) -> Life:
-    """Something happens to a request."""
-    source = world.source
-    if len(world.lives) < 6 or (len(world.lives) < 9 and source.random() < 0.1):
-        world.arrive()
-    life = source.choice(world.lives)
-    chance = source.random()
-    if life.is_running and chance < 0.01:
-        world.stop(life, "abort")
-    elif life.is_running and chance < 0.02:
-        world.stop(life, "preempt")
-    else:
-        world.step(life)
-    return life
-
-
-def _end(world: World) -> None:
-    """Everybody leaves; nothing leaks."""
-    for life in list(world.lives):
-        if life.is_running:
-            world.stop(life, "abort")
-    pool = world.manager.block_pool
-    assert pool.get_num_free_blocks() == world.num_blocks - 1
-    assert all(block.ref_cnt == 0 for block in pool.blocks if not block.is_null)
-
-
-EVENTS = {"arrive", "step", "miss", "preempt", "abort", "finish", "go on"}
-
-
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix-cache", "no-prefix-cache"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_ten_thousand_events_leave_nothing_lost_and_nothing_owned_twice(
@@ -80,43 +52,15 @@ def test_ten_thousand_events_leave_nothing_lost_and_nothing_owned_twice(
     num_blocks = max(60, 30 * len(policies))
     world = World(_layers(policies), seed=7, num_blocks=num_blocks, caching=caching)
     while world.events.total() < 10_000:
-        _event(world)
+        event(world)
         world.check()
     assert EVENTS | ({"hit"} if caching else set()) <= set(world.events)
-    _end(world)
+    end(world)
 
 
 WIDE = SpanRetention(Span(64, 512))
 GROWING = SpanRetention(Span(64, 128, -128, 24))
 FULL_SIZE = Scale(block=32, max_len=1500, chunk=256, steps_in_flight=2, num_heads=1)
-ENTRIES: dict[str, tuple[dict[str, RetentionPolicy], Scale]] = {
-    "heads": (
-        {
-            f"layer.{layer}.head{head}": policy
-            for layer in range(2)
-            for head, policy in enumerate((KeepAll(), WIDE, GROWING, GROWING))
-        },
-        FULL_SIZE,
-    ),
-    "layers": (
-        _layers((KeepAll(False), SpanRetention(WIDE.span, False), SpanRetention(GROWING.span))),
-        replace(FULL_SIZE, num_heads=4),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ENTRIES)
-def test_ten_thousand_events_with_spans_of_full_size_and_overlapping_steps(name: str) -> None:
-    """Entries as a model has them; groups as vLLM makes them, two of them of one policy."""
-    planned, scale = ENTRIES[name]
-    world = World(planned, seed=11, num_blocks=300, caching=True, scale=scale)
-    assert len(world.policies) == {"heads": 4, "layers": 3}[name]
-    while world.events.total() < 10_000:
-        world.check_tables(_event(world))
-        if world.events.total() % 8 == 0:  # what is wrong stays wrong
-            world.check()
-    assert EVENTS | {"hit"} <= set(world.events)
-    _end(world)
 
 
 def test_a_gapped_request_holds_sinks_and_window_and_serves_a_hit() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, Sliding
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from attn_backends.head_classes import padded_entries
+from kvcache.adapter.concurrency import concurrency
 from kvcache.adapter.managers import register
 from kvcache.adapter.specs import SpanSpec, policies_of, policies_of_groups, with_policies
 from kvcache.grouping import check_groups
@@ -142,6 +145,34 @@ def test_sizes_are_those_of_the_longest_request(vllm_config: VllmConfig) -> None
     most = policy.held_blocks(MAX_LEN, IN_FLIGHT, 32)
     assert spec.max_admission_blocks_per_request(IN_FLIGHT, MAX_LEN) == most == 100
     assert spec.max_admission_blocks_per_request(IN_FLIGHT - 1, MAX_LEN) == most
+
+
+@pytest.mark.parametrize("chunk", [IN_FLIGHT, MAX_LEN])
+def test_one_request_reads_its_prompt_while_the_others_decode(
+    vllm_config: VllmConfig, chunk: int
+) -> None:
+    """The demo model's classes: 2 groups that keep everything, 1 and 3 that free."""
+    kinds = [KeepAll(), SpanRetention(Span(64, 128, 0, 24)), SpanRetention(Span(64, 128, 0, 8))]
+    planned: dict[str, RetentionPolicy] = {}
+    for kind, count in zip(kinds, (30, 15, 45), strict=True):
+        planned |= {f"layer.{len(planned) + number}.head0": kind for number in range(count)}
+    specs = with_policies(dict.fromkeys(planned, HEAD), planned, chunk, MAX_LEN)
+    groups = get_kv_cache_groups(vllm_config, dict(specs))
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=MAX_LEN),
+        max_in_flight_tokens=chunk,
+        max_concurrent_batches=1,
+    )
+    pool = KVCacheConfig(1 + 5 * 6 * 256, [], groups)
+    found = concurrency(config, pool)
+    assert found.dense == 5
+    # Sinks, a span of 3072 tokens or of 1024, and one more: it may start inside a block.
+    decoding = 2 * 256 + (2 + 97) + 3 * (2 + 33)
+    reading = {IN_FLIGHT: 2 * 256 + (2 + 102) + 3 * (2 + 40), MAX_LEN: 6 * 256}[chunk]
+    assert found.held == pytest.approx(1 + (5 * 6 * 256 - reading) / decoding)
+    assert str(found).startswith(f"{found.held:.1f} requests of 8192 tokens at once")
+    alone = concurrency(config, KVCacheConfig(1 + reading // 2, [], groups))
+    assert alone.held == pytest.approx(0.5, abs=0.01)
 
 
 def test_more_tokens_in_flight_than_a_spec_was_made_for_are_refused() -> None:

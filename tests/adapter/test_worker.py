@@ -29,6 +29,7 @@ from attn_backends.adapter.worker import ReadyBeforeServing, RetainingWorker
 from attn_backends.config import ConfigError
 from kvcache.adapter.managers import register
 from tests.adapter.layers import attention_layer, layer_name
+from tests.moa_profile import write_profile
 
 NAMES = [layer_name(index) for index in range(4)]
 FULL = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
@@ -74,8 +75,9 @@ class _Worker(RetainingWorker, _Stock):
             model_config=model,
             parallel_config=SimpleNamespace(world_size=1),
             cache_config=SimpleNamespace(block_size=32),
-            scheduler_config=SimpleNamespace(max_num_seqs=4),
+            scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=256),
             max_in_flight_tokens=256,
+            max_concurrent_batches=1,
             compilation_config=SimpleNamespace(
                 static_forward_context={
                     name: attention_layer(index, ExtAttentionImpl)
@@ -116,6 +118,27 @@ def test_groups_as_planned_start(
     config = _grouped(dict(specs))
     worker.initialize_from_config(config)
     assert worker.given is config
+
+
+@pytest.mark.parametrize(
+    ("window_tokens", "level", "words"),
+    [
+        (256, "INFO", "SINK_WINDOW: 5.1 requests of 4096 tokens at once in this pool, dense 0.5;"),
+        (4000, "WARNING", "SINK_WINDOW frees next to nothing: 0.5 requests of 4096 tokens"),
+    ],
+)
+def test_the_log_says_what_is_freed(
+    window_tokens: int, level: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = _Worker("SINK_WINDOW", {"window_tokens": window_tokens})
+    config = _grouped(dict(worker.get_kv_cache_spec()))
+    config.num_blocks = 65
+    with caplog.at_level("INFO", "vllm.vllm_ext"):
+        worker.initialize_from_config(config)
+    said = {record.getMessage(): record.levelname for record in caplog.records}
+    (line,) = (line for line in said if line.startswith(words))
+    assert said[line] == level
+    assert "up to 256 prompt tokens in flight" in line
 
 
 def test_other_groups_are_refused_before_anything_is_allocated() -> None:
@@ -227,7 +250,19 @@ def _live_tensors() -> dict[int, torch.Tensor]:
     return {id(one): one for one in gc.get_objects() if type(one) is torch.Tensor}
 
 
-def test_selectors_buffers_are_there_while_vllm_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "expected_bytes"),
+    [
+        # A selection's blocks, and the blocks' masses: 4 rows, 2 KV heads, 4,096 / 32 blocks.
+        ("TIDAL_DECODE", 2 * (4 * 2 * 128 * 4)),
+        # Of 8 heads in 2 classes: selections of two kinds of layers, tiles, tables of 2 groups.
+        ("MOA", (2 + 1) * (4 * 2 * 128 * 4) + 4 * 2 * 128 * 4),
+    ],
+)
+def test_buffers_are_there_while_vllm_measures(
+    method: str, expected_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = write_profile(tmp_path / "profile.json", len(NAMES), 2, [[0, 64], [0, 63]])
     before = _live_tensors()
 
     class Stock(_Stock):
@@ -241,18 +276,19 @@ def test_selectors_buffers_are_there_while_vllm_measures(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     unbound: list[Any] = []
     monkeypatch.setattr(worker_module, "unbind_caches", unbound.append)
-    worker = Worker("TIDAL_DECODE", {})
+    worker = Worker(method, {"profile": profile} if method == "MOA" else {})
     worker.get_kv_cache_spec()
     measured_bytes = (1 << 30) - worker.determine_available_memory()
-    # A selection's blocks, and the blocks' masses: 4 rows, 2 KV heads, 4,096 / 32 blocks.
-    assert measured_bytes >= 2 * (4 * 2 * 128 * 4)
+    assert measured_bytes >= expected_bytes
     assert unbound == [worker.vllm_config]
     after = [one for key, one in _live_tensors().items() if key not in before]
     assert sum(one.untyped_storage().nbytes() for one in after) < measured_bytes / 2
     for stock_backend in ("FLASH_ATTN", "TRITON_ATTN"):
         worker = Worker(stock_backend, None)
         worker.get_kv_cache_spec()
-        assert worker_module.selectors_of(worker.vllm_config, worker._specs, worker.device) == []
+        engine = worker.vllm_config, worker._specs, worker.device
+        assert worker_module.selectors_of(*engine) == []
+        assert worker_module.head_tables_of(*engine) is None
 
 
 def test_kernels_are_warm_before_vllm_captures_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from attn_backends.batch import PagedBatch
 from attn_backends.config import parse_config
+from attn_backends.head_tables import HeadPlaces, HeadTables
 from attn_backends.layer_step import LayerStep, StepBatch
 from attn_backends.method import Geometry, Selector, StepRows
 from attn_backends.methods import load_method
@@ -19,8 +21,10 @@ from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.ops.paged_attention.impl.triton import launches
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops, resolve_ops
 from attn_backends.ops.triton_support import SHARED_BYTES
-from attn_backends.warm_up import Limits, WarmLayer, batch_sizes, warm_up
+from attn_backends.split_step import SplitLayerStep
+from attn_backends.warm_up import Limits, WarmHeads, WarmLayer, batch_sizes, warm_up
 from kvcache.layout import KVOrder, PagedKVLayout, kv_views
+from tests.moa_profile import write_profile
 
 LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, MAX_MODEL_LEN, MAX_REQS = 4, 2, 4, 32, 32, 1024, 40
 ORDER = ORDER_OF_DEVICE["cpu"]
@@ -60,9 +64,10 @@ def _kinds(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 class _Recorder:
     """Ops that write down the kinds of their arguments and do nothing: no value changes them."""
 
-    def __init__(self, with_rule: bool) -> None:
-        layout = PagedKVLayout(2, BLOCK, KV_HEADS, HEAD, torch.float32, ORDER)
-        ops = resolve_ops(OpContext(layout, QUERY_HEADS, "cpu", with_rule), "reference")
+    def __init__(self, with_rule: bool, num_kv_heads: int = KV_HEADS) -> None:
+        layout = PagedKVLayout(2, BLOCK, num_kv_heads, HEAD, torch.float32, ORDER)
+        num_query_heads = QUERY_HEADS // KV_HEADS * num_kv_heads
+        ops = resolve_ops(OpContext(layout, num_query_heads, "cpu", with_rule), "reference")
         self.seen: set[tuple[str, str, Any]] = set()
         self.ops = Ops(*(self._recorded(getattr(ops, one.name)) for one in fields(ops)))
 
@@ -75,7 +80,11 @@ class _Recorder:
 
 
 def _serve(
-    selector: Selector, one: WarmLayer, table: torch.Tensor, generator: random.Random
+    selector: Selector,
+    one: WarmLayer,
+    table: torch.Tensor,
+    generator: random.Random,
+    heads: WarmHeads | None,
 ) -> None:
     """A batch of service: rows and tokens of any number."""
     num_decodes, num_prefills = generator.randint(0, 20), generator.randint(0, 20)
@@ -98,9 +107,12 @@ def _serve(
     plan = selector.plan(StepRows(seq_lens[:num_decodes], seq_lens[:num_decodes], len(query_lens)))
     step = StepBatch.split(batch, num_decodes, MAX_MODEL_LEN)
     query = torch.zeros(sum(query_lens), QUERY_HEADS, HEAD)
-    for layer in plan.layers.values():
-        ops = one.ops[layer.rule is not None]
-        LayerStep(layer, step, ops, one.views, one.scale).attend(query, torch.empty_like(query))
+    for plan_of_layer in plan.layers.values():
+        ops = one.ops[plan_of_layer.rule is not None]
+        layer: Any = LayerStep(plan_of_layer, step, ops, one.views, one.scale)
+        if heads is not None and one.places is not None:
+            layer = SplitLayerStep(layer, heads.rows(step, len(query_lens)), one.places)
+        layer.attend(query, torch.empty_like(query))
 
 
 @pytest.mark.parametrize(("method_name", "settings", "used"), SETTINGS, ids=str)
@@ -121,7 +133,33 @@ def test_nothing_that_a_step_launches_is_new_after_the_warm_up(
     assert {op for op, *_ in warm} == used
     generator = random.Random(0)
     for _ in range(40):
-        _serve(selector, one, table, generator)
+        _serve(selector, one, table, generator, None)
+    assert plain.seen | ruled.seen == warm
+
+
+def test_nothing_is_new_where_heads_keep_different_blocks(tmp_path: Path) -> None:
+    """Tiles of a pool: two KV groups, a head of each in every layer."""
+    method = load_method("MOA")
+    profile = write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS, [[0, 64], [-64, 24]])
+    config = parse_config(method.config_cls, {"profile": profile}, method.name)
+    geometry = Geometry(LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, MAX_REQS, MAX_MODEL_LEN)
+    schedule = method.schedule(config, geometry)
+    cpu = torch.device("cpu")
+    selector = method.make_selector(config, schedule, geometry, cpu)
+    plain, ruled = _Recorder(False, num_kv_heads=1), _Recorder(True, num_kv_heads=1)
+    pool = kv_views(torch.randn(4, 1, BLOCK, 2 * HEAD), ORDER)
+    places = HeadPlaces([0, 1], [0, 1], BLOCK, cpu)
+    one = WarmLayer((plain.ops, ruled.ops), pool, QUERY_HEADS, 0.2, places)
+    blocks = MAX_MODEL_LEN // BLOCK
+    sizes = {"max_num_reqs": MAX_REQS, "max_num_tokens": 2048, "max_blocks": blocks}
+    table = torch.zeros(MAX_REQS, blocks, dtype=torch.int32)
+    heads = WarmHeads(HeadTables.of(KV_HEADS, 2, BLOCK, 2, **sizes, device=cpu), [table, table])
+    warm_up(selector, dict.fromkeys(range(LAYERS), one), table, LIMITS, heads)
+    warm = plain.seen | ruled.seen
+    assert {op for op, *_ in warm} == {"sparse_decode", "paged_attention"}
+    generator = random.Random(0)
+    for _ in range(40):
+        _serve(selector, one, table, generator, heads)
     assert plain.seen | ruled.seen == warm
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from attn_backends.profile import read_model_config
 from vllm_ext.bench.decode import STOCK
 from vllm_ext.bench.machine import machine
 from vllm_ext.child import Child, Parent, quiet_environment
@@ -86,17 +89,33 @@ def markdown(result: dict[str, Any]) -> str:
         f"{Path(load['model']).name}, {load['dtype']}, {info['cpu']}, vLLM {info['vllm']}, "
         f"GPU: {info['gpu']}.",
         "",
-        "| arm | vLLM's maximum concurrency | decoding at once | preemptions | peak KV use, "
-        "reported / counted | blocks per decoding request | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "*Predicted* is what `vllm-ext doctor` says of such a pool, and in brackets what was "
+        "reached of it (of the requests sent, if those are fewer; a pool takes whole ones). "
+        "*schedule()* is the median over steps in which "
+        f"{load['pool_requests']} requests decode and none waits or reads its prompt, without the "
+        "model's own time.",
+        "",
+        "| arm | decoding at once | / first arm | predicted | preemptions | KV groups "
+        "| schedule() ms | peak KV use, reported / counted | blocks per decoding request "
+        "| vLLM's maximum concurrency | seconds |",
+        "|---" * 11 + "|",
     ]
-    lines += [
-        f"| {name} | {arm['max_concurrency']:.2f} | {arm['decoding_at_once']} "
-        f"| {arm['preemptions']} | {arm['peak_usage']:.1%} / {arm['peak_counted']:.1%} "
-        f"| {arm['blocks_per_decode']:.1f} | {arm['seconds']:.0f} |"
-        for name, arm in result["arms"].items()
-    ]
+    first = next(iter(result["arms"].values()))["decoding_at_once"]
+    lines += [_row(name, arm, first, load) for name, arm in result["arms"].items()]
     return "\n".join(lines)
+
+
+def _row(name: str, arm: dict[str, Any], first: int, load: dict[str, Any]) -> str:
+    at_once, predicted = arm["decoding_at_once"], arm["predicted"]
+    reached = at_once / min(predicted, load["requests"])
+    timed = arm["schedule_ms"].get(str(load["pool_requests"]))
+    return (
+        f"| {name} | {at_once} | {at_once / first:.2f} | {predicted:.1f} ({reached:.0%}) "
+        f"| {arm['preemptions']} | {arm['kv_groups']} "
+        f"| {'not timed' if timed is None else format(timed['median'], '.2f')} "
+        f"| {arm['peak_usage']:.1%} / {arm['peak_counted']:.1%} | {arm['blocks_per_decode']:.1f} "
+        f"| {arm['max_concurrency']:.2f} | {arm['seconds']:.0f} |"
+    )
 
 
 def _engine(load: Load, arm: str, settings: dict[str, Any]) -> Any:
@@ -121,45 +140,100 @@ def _engine(load: Load, arm: str, settings: dict[str, Any]) -> Any:
 
 def _arm(spec: dict[str, Any]) -> dict[str, Any]:
     """One engine, looked at after every step."""
-    from vllm import SamplingParams
-    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
-
     load = Load(**spec["load"])
     engine = _engine(load, spec["arm"], spec["settings"]).llm_engine
-    scheduler = engine.engine_core.engine_core.scheduler
-    pool = scheduler.kv_cache_manager.block_pool
-    num_blocks = scheduler.kv_cache_config.num_blocks
+    _send(engine, load)
+    watch = _Watch(engine.engine_core.engine_core.scheduler)
+    started = time.monotonic()
+    while engine.has_unfinished_requests():
+        engine.step()
+        watch.look()
+    seconds = time.monotonic() - started
+    return watch.figures(engine.vllm_config) | {"seconds": seconds}
+
+
+def _send(engine: Any, load: Load) -> None:
+    from vllm import SamplingParams
+
     source = random.Random(load.seed)
+    num_ids = min(40_000, read_model_config(Path(load.model))["vocab_size"])
     params = SamplingParams(
         temperature=0, max_tokens=load.new_tokens, ignore_eos=True, detokenize=False
     )
     for number in range(load.requests):
-        ids = [source.randrange(100, 40_000) for _ in range(load.context_tokens)]
+        ids = [source.randrange(100, num_ids) for _ in range(load.context_tokens)]
         engine.add_request(str(number), {"prompt_token_ids": ids}, params)
-    figures: dict[str, Any] = {
-        "max_concurrency": get_max_concurrency_for_kv_cache_config(
-            engine.vllm_config, scheduler.kv_cache_config
-        )
-    }
-    figures |= {"decoding_at_once": 0, "peak_usage": 0.0, "peak_counted": 0.0}
-    figures |= {"preemptions": 0, "blocks_per_decode": 0.0}
-    preempted: dict[str, int] = {}
-    started = time.monotonic()
-    while engine.has_unfinished_requests():
-        engine.step()
-        running = scheduler.running
+
+
+class _Watch:
+    """What a scheduler does, step by step.
+
+    Args:
+        scheduler: vLLM's; its ``schedule`` is timed from now on.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._pool = scheduler.kv_cache_manager.block_pool
+        self._peaks = {"decoding_at_once": 0, "peak_usage": 0.0, "peak_counted": 0.0}
+        self._blocks_per_decode = 0.0
+        self._preemptions: Counter[str] = Counter()
+        # By how many requests decode, and whether others wait.
+        self._schedule_ms: dict[tuple[int, bool], list[float]] = defaultdict(list)
+        self._schedule = scheduler.schedule
+        scheduler.schedule = self._timed
+
+    def _timed(self, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        output = self._schedule(*args, **kwargs)
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        num_rows = len(output.num_scheduled_tokens)
+        if output.total_num_scheduled_tokens == num_rows:
+            self._schedule_ms[num_rows, bool(self._scheduler.waiting)].append(elapsed_ms)
+        return output
+
+    def look(self) -> None:
+        """After a step."""
+        running, peaks = self._scheduler.running, self._peaks
         decoding = sum(r.num_computed_tokens >= r.num_prompt_tokens for r in running)
-        held = sum(block.ref_cnt > 0 and not block.is_null for block in pool.blocks)
+        held = self._held_blocks()
         if decoding == len(running) and decoding:
-            figures["blocks_per_decode"] = held / decoding
-        figures["decoding_at_once"] = max(figures["decoding_at_once"], decoding)
-        figures["peak_usage"] = max(figures["peak_usage"], scheduler.kv_cache_manager.usage)
-        figures["peak_counted"] = max(figures["peak_counted"], held / (num_blocks - 1))
-        preempted |= {r.request_id: r.num_preemptions for r in scheduler.requests.values()}
-    figures["preemptions"] = sum(preempted.values())
-    figures["seconds"] = time.monotonic() - started
-    figures["held_at_the_end"] = sum(b.ref_cnt > 0 and not b.is_null for b in pool.blocks)
-    return figures
+            self._blocks_per_decode = held / decoding
+        now = {
+            "decoding_at_once": decoding,
+            "peak_usage": self._scheduler.kv_cache_manager.usage,
+            "peak_counted": held / (self._scheduler.kv_cache_config.num_blocks - 1),
+        }
+        self._peaks = {name: max(peaks[name], value) for name, value in now.items()}
+        for request in self._scheduler.requests.values():
+            self._preemptions[request.request_id] = request.num_preemptions
+
+    def _held_blocks(self) -> int:
+        return sum(block.ref_cnt > 0 and not block.is_null for block in self._pool.blocks)
+
+    def figures(self, vllm_config: Any) -> dict[str, Any]:
+        """Of the whole run, and what was predicted of it."""
+        from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+        from kvcache.adapter.concurrency import concurrency
+
+        config = self._scheduler.kv_cache_config
+        return {
+            **self._peaks,
+            "predicted": concurrency(vllm_config, config).held,
+            "max_concurrency": get_max_concurrency_for_kv_cache_config(vllm_config, config),
+            "kv_groups": len(config.kv_cache_groups),
+            "blocks_per_decode": self._blocks_per_decode,
+            "preemptions": self._preemptions.total(),
+            "schedule_ms": {
+                f"{num_rows}{' and others wait' * others_wait}": {
+                    "median": median(times),
+                    "steps": len(times),
+                }
+                for (num_rows, others_wait), times in self._schedule_ms.items()
+            },
+            "held_at_the_end": self._held_blocks(),
+        }
 
 
 def _main(parent: Parent) -> None:

@@ -15,6 +15,7 @@ from attn_backends.config import settings_of
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.profile import read_model_config
 from vllm_ext.bench import capacity, decode, decode_report, kernel, kernel_report, shapes, workloads
+from vllm_ext.bench.arms import freeing_arms
 from vllm_ext.bench.cases import OPS
 from vllm_ext.bench.decode_workload import Cell, Workload, parse_cells
 from vllm_ext.cli import bench_flags
@@ -172,7 +173,6 @@ def parse_arm(text: str) -> decode.Arm:
 
 
 def _capacity(args: argparse.Namespace) -> int:
-    arms = _known_names("--arms", args.arms, (decode.STOCK, *REGISTRY))
     if not Path(args.model, "config.json").is_file():
         raise UserError(f"--model: {args.model} is not a model folder; run vllm-ext demo-model")
     names = [field.name for field in dataclasses.fields(capacity.Load)]
@@ -185,7 +185,11 @@ def _capacity(args: argparse.Namespace) -> int:
         )
     load = capacity.Load(**{name: getattr(args, name) for name in names if name != "seed"})
     settings = {key: value for key, value in vars(args).items() if key in setting_fields()}
-    result = capacity.run(load, list(arms), settings, _echo)
+    if args.arms is None:
+        arms = freeing_arms(Path(args.model), settings)
+    else:
+        arms = list(_known_names("--arms", args.arms, (decode.STOCK, *REGISTRY)))
+    result = capacity.run(load, arms, settings, _echo)
     _report(result, capacity.markdown(result), args.output)
     return 0
 

@@ -49,21 +49,30 @@ def default_dtype(rest: list[str]) -> list[str]:
     return ["--dtype", cpu_dtype()]
 
 
-def default_chunk(rest: list[str], backend: str) -> list[str]:
-    """``--max-num-batched-tokens`` on CPUs where the method wants smaller chunks than vLLM takes,
-    unless the user chose.
+def method_chunk(backend: str) -> int | None:
+    """Tokens of a prompt that the method wants scheduled in one step on CPUs; None: vLLM's choice.
 
     Args:
-        rest: flags for vLLM.
         backend: name of the method; another attention backend, or none, wants nothing.
     """
     from vllm.platforms import current_platform
 
+    if backend not in REGISTRY or not current_platform.is_cpu():
+        return None
+    return load_method(backend).chunk_tokens
+
+
+def default_chunk(rest: list[str], backend: str) -> list[str]:
+    """``--max-num-batched-tokens`` where the method wants another one than vLLM takes, unless the
+    user chose.
+
+    Args:
+        rest: flags for vLLM.
+        backend: see ``method_chunk``.
+    """
     flags = {word.split("=")[0].replace("_", "-") for word in rest}
-    chunk_tokens = load_method(backend).chunk_tokens if backend in REGISTRY else None
-    if chunk_tokens is None or not current_platform.is_cpu():
-        return []
-    if "--max-num-batched-tokens" in flags:
+    chunk_tokens = method_chunk(backend)
+    if chunk_tokens is None or "--max-num-batched-tokens" in flags:
         return []
     print(
         f"vllm-ext: prompts are read in chunks of {chunk_tokens} tokens, so that {backend} frees "

@@ -15,6 +15,7 @@ from typing import Any
 from attn_backends.config import ConfigError
 from attn_backends.methods import REGISTRY
 from vllm_ext import __version__, plugin
+from vllm_ext.cli.cpu_defaults import method_chunk
 from vllm_ext.engine_process import SMALL_GPU_SHARE
 from vllm_ext.errors import UserError
 from vllm_ext.methods import check_settings
@@ -38,6 +39,7 @@ TINY_LLAMA = {
 }
 PROMPT_TOKENS = (1500, 1200)  # past every default budget and threshold
 DECODE_TOKENS = 16
+SHORTEST_TOKENS = 2048  # a prompt and what is decoded
 ENGINE_OPTIONS: dict[str, dict[str, Any]] = {  # by device: a self-test must not compile
     "cpu": {"enforce_eager": True},
     "cuda": {
@@ -113,13 +115,16 @@ def _report_device(platform: Any) -> None:
     )
 
 
-def self_test(model: str | None, method: str, profile: str | None = None) -> list[str]:
+def self_test(
+    model: str | None, method: str, profile: str | None, sizes: Mapping[str, int]
+) -> list[str]:
     """Decodes a few tokens with the method and reads the counters back.
 
     Args:
         model: model folder, or None for a tiny random one.
         method: the backend's name.
         profile: of the model, for a method that reads one.
+        sizes: of the engine, arguments of ``vllm.LLM``.
 
     Returns:
         What is wrong; empty when every decode row was served by the method.
@@ -140,10 +145,9 @@ def self_test(model: str | None, method: str, profile: str | None = None) -> lis
         llm = LLM(
             attention_backend=method,
             additional_config={"vllm_ext": {"profile": profile}} if profile else {},
-            kv_cache_memory_bytes=256 << 20,
             gpu_memory_utilization=SMALL_GPU_SHARE,
-            max_model_len=2048,
             seed=0,
+            **sizes,
             **options,
             **ENGINE_OPTIONS[current_platform.device_type],
         )
@@ -165,11 +169,13 @@ def self_test(model: str | None, method: str, profile: str | None = None) -> lis
 def _report_engine(vllm_config: Any, kv_cache_config: Any) -> None:
     """What vLLM made of our settings, and what serves them."""
     from attn_backends.adapter.ops import ops_in_use
+    from kvcache.adapter.concurrency import concurrency
 
     group = kv_cache_config.kv_cache_groups[0]
     spec, backend = group.kv_cache_spec, vllm_config.attention_config.backend
     _line("resolved backend", backend.name)
-    _line("KV spec", f"{type(spec).__name__} in {len(group.layer_names)} layers")
+    num_groups = len(kv_cache_config.kv_cache_groups)
+    _line("KV spec", f"{type(spec).__name__}, {num_groups} group(s) of {len(group.layer_names)}")
     _line("concurrency", concurrency(vllm_config, kv_cache_config))
     _line(
         "KV layout",
@@ -201,18 +207,25 @@ def _report_rows(rows: Mapping[tuple[str, str, str], float]) -> list[str]:
     return [] if ratio == 1.0 else [f"activation ratio is {ratio:.2f}, expected 1.00"]
 
 
-def concurrency(vllm_config: Any, kv_cache_config: Any) -> str:
-    """How many requests of full length the pool holds, under the policy and when dense."""
-    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+def _add_size_flags(parser: argparse.ArgumentParser) -> None:
+    """What the line ``concurrency`` is said of; names and meaning are vLLM's."""
+    for name, default, text in (
+        ("max-model-len", SHORTEST_TOKENS, "tokens of a request, at least the default"),
+        ("kv-cache-memory-bytes", 256 << 20, "of the KV pool"),
+        ("max-num-batched-tokens", None, "tokens of a step, as serve chooses unless given"),
+    ):
+        known = "" if default is None else f" ({default})"
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text + known)
 
-    held = get_max_concurrency_for_kv_cache_config(vllm_config, kv_cache_config)
-    max_model_len = vllm_config.model_config.max_model_len
-    dense_blocks = sum(
-        -(-max_model_len // group.kv_cache_spec.block_size)
-        for group in kv_cache_config.kv_cache_groups
-    )
-    dense = kv_cache_config.num_blocks / dense_blocks
-    return f"{held:.1f} requests of {max_model_len} tokens in this pool, dense {dense:.1f}"
+
+def _sizes(args: argparse.Namespace, method: str) -> dict[str, int]:
+    """Arguments of ``vllm.LLM``."""
+    chunk_tokens = args.max_num_batched_tokens or method_chunk(method)
+    sizes = {
+        "max_model_len": args.max_model_len,
+        "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
+    }
+    return sizes if chunk_tokens is None else sizes | {"max_num_batched_tokens": chunk_tokens}
 
 
 def main(argv: list[str]) -> int:
@@ -228,11 +241,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", nargs="?", help="model folder (default: a tiny random model)")
     parser.add_argument("--attention-backend", default="SINK_WINDOW", metavar="NAME")
     parser.add_argument("--profile", metavar="FILE", help="for a method that reads one")
+    _add_size_flags(parser)
     args = parser.parse_args(argv)
     method = args.attention_backend.upper()
     if method not in REGISTRY:
         raise UserError(
             f"--attention-backend is {args.attention_backend!r}; one of {', '.join(REGISTRY)}"
+        )
+    if args.max_model_len < SHORTEST_TOKENS:
+        raise UserError(
+            f"--max-model-len is {args.max_model_len}; the self-test needs {SHORTEST_TOKENS}"
         )
     if args.model and not Path(args.model, "config.json").is_file():
         raise UserError(f"{args.model} is not a model folder (no config.json)")
@@ -250,7 +268,7 @@ def main(argv: list[str]) -> int:
         raise UserError(str(error)) from None
     problems = report_platform()
     if not problems:
-        problems = self_test(args.model, method, args.profile)
+        problems = self_test(args.model, method, args.profile, _sizes(args, method))
     for problem in problems:
         print(f"PROBLEM: {problem}")
     print("all well" if not problems else f"{len(problems)} problem(s)")

@@ -1,0 +1,77 @@
+"""How many long requests one KV pool holds at once: one figure for ``doctor``, for the server's log
+and for ``bench capacity``.
+
+vLLM's own "maximum concurrency" charges every request a whole step in flight, as if all were
+reading their prompts in the same step. A step's tokens are shared: while one request has a chunk in
+flight, the others decode, and hold what their spans show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+from kvcache.adapter.specs import SpanSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+
+@dataclass(frozen=True)
+class Concurrency:
+    """Requests of one length in one pool.
+
+    Attributes:
+        request_tokens: prompt and answer of each.
+        held: how many fit, under what is freed.
+        dense: how many would if nothing were freed.
+        chunk_tokens: of prompts, in flight at most; all steps that overlap together.
+    """
+
+    request_tokens: int
+    held: float
+    dense: float
+    chunk_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.held:.1f} requests of {self.request_tokens} tokens at once in this pool, dense "
+            f"{self.dense:.1f}; up to {self.chunk_tokens} prompt tokens in flight"
+        )
+
+
+def concurrency(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Concurrency:
+    """How many requests of the greatest length the pool holds: one has a chunk of its prompt in
+    flight, the others decode.
+    """
+    request_tokens = vllm_config.model_config.max_model_len
+    specs = [_one_spec(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
+    usable_blocks = kv_cache_config.num_blocks - 1  # one is the null block
+
+    def blocks(in_flight_tokens: int) -> int:
+        return sum(_held_blocks(spec, request_tokens, in_flight_tokens) for spec in specs)
+
+    reading = blocks(vllm_config.max_in_flight_tokens)
+    decoding = blocks(vllm_config.max_concurrent_batches)  # a token of each step
+    return Concurrency(
+        request_tokens,
+        held=min(usable_blocks / reading, 1.0) + max(0, usable_blocks - reading) / decoding,
+        dense=usable_blocks / sum(-(-request_tokens // spec.block_size) for spec in specs),
+        chunk_tokens=min(vllm_config.max_in_flight_tokens, request_tokens),
+    )
+
+
+def _one_spec(spec: KVCacheSpec) -> KVCacheSpec:
+    """A group's spec; of layers that differ in other things than what is kept, any."""
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return next(iter(spec.kv_cache_specs.values()))
+    return spec
+
+
+def _held_blocks(spec: KVCacheSpec, num_tokens: int, in_flight_tokens: int) -> int:
+    if isinstance(spec, SpanSpec):
+        return spec.policy.held_blocks(num_tokens, in_flight_tokens, spec.block_size)
+    return -(-num_tokens // spec.block_size)
