@@ -10,7 +10,7 @@ the number of rules. Rules are our spans by position, sinks apart.
 
 Effects are added up with their signs, queries and a group's query heads alike: that is the change
 of the sample's loss, to first order. Added up by magnitude, the thousands of queries that change it
-a little one way or the other drown the few that retrieve (docs/results.md has both).
+a little one way or the other drown the few that retrieve (docs/measurements.md has both).
 
 The gradient of the logits, which the backward pass computes anyway, is the numerator with its sign
 turned; so one backward pass measures all layers, heads and rules. Weights are computed again there,
