@@ -132,6 +132,16 @@ class SpannedModel:
         first_span = module.layer_idx * self.num_kv_heads
         for head, span in enumerate(self._spans[first_span : first_span + self.num_kv_heads]):
             heads = slice(head * group, (head + 1) * group)
+            if span.sees_everything(num_tokens):  # without a mask, which is slow
+                out[:, heads] = scaled_dot_product_attention(
+                    query[:, heads],
+                    key[:, head : head + 1],
+                    value[:, head : head + 1],
+                    is_causal=True,
+                    scale=scaling,
+                    enable_gqa=True,
+                )
+                continue
             for first in range(0, num_tokens, CHUNK_TOKENS):
                 queries = slice(first, min(first + CHUNK_TOKENS, num_tokens))
                 tokens, mask = _visible(span, queries, key.device)
