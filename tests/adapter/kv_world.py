@@ -30,10 +30,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, StreamingUpdate
 
-from kvcache.adapter.managers import SpanManager, register
+from kvcache.adapter.freeing import FreeingManager
+from kvcache.adapter.managers import register
 from kvcache.adapter.specs import policies_of_groups, with_policies
 from kvcache.grouping import check_groups
-from kvcache.retention import RetentionPolicy, SpanRetention
+from kvcache.retention import AfterPrompt, RetentionPolicy, SpanRetention
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ class Life:
     first_sparse: int = 1 << 30  # the first generated token that this run computed
     under_way: deque[int] = field(default_factory=deque)  # tokens of steps that have not ended
     prefixes: list[int] = field(default_factory=lambda: [0])  # by length: what its tokens are
+    prompt_end: int = 0  # of its first chunk: what its own queries are behind
+
+    def __post_init__(self) -> None:
+        self.prompt_end = self.request.num_prompt_tokens
 
     def prefix(self, num_tokens: int) -> int:
         """Names the first tokens: equal for requests that begin with the same ones."""
@@ -125,12 +130,12 @@ class World:
         self._hasher = get_request_block_hasher(scale.block, sha256)
         self._families = [[family] * (2 * scale.max_len // 3) for family in range(3)]
 
-    def request(self, tokens: Sequence[int]) -> Life:
+    def request(self, tokens: Sequence[int], extra_args: dict[str, Any] | None = None) -> Life:
         """A new request with this prompt."""
         request = Request(
             request_id=f"r{self.events['arrive']}",
             prompt_token_ids=list(tokens),
-            sampling_params=SamplingParams(max_tokens=50),
+            sampling_params=SamplingParams(max_tokens=50, extra_args=extra_args),
             pooling_params=None,
             block_hasher=self._hasher,
         )
@@ -260,7 +265,7 @@ class World:
             for blocks in self.tables(life):
                 held.update(b.block_id for b in blocks if not b.is_null)
         for manager in self.manager.coordinator.single_type_managers:
-            if isinstance(manager, SpanManager):
+            if isinstance(manager, FreeingManager):
                 live = (b for blocks in manager.req_to_blocks.values() for b in blocks)
                 assert manager.num_held_blocks == sum(not block.is_null for block in live)
         pool = self.manager.block_pool
@@ -285,6 +290,8 @@ class World:
         """Blocks that queries from a position on see hold this request's tokens."""
         seen_from, sinks = 0, 0
         if isinstance(policy, SpanRetention):
+            seen_from, sinks = policy.span.first_seen(position + 1), policy.span.sink_tokens
+        if isinstance(policy, AfterPrompt) and position >= life.prompt_end:
             seen_from, sinks = policy.span.first_seen(position + 1), policy.span.sink_tokens
         for index, block in enumerate(blocks):
             first = index * self.scale.block

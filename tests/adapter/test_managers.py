@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvcache.adapter.figures import FOLDER_ENV, figure_files
-from kvcache.adapter.managers import HELD
-from kvcache.retention import KeepAll, RetentionPolicy, SpanRetention
+from kvcache.adapter.freeing import HELD
+from kvcache.retention import AfterPrompt, KeepAll, RetentionPolicy, SpanRetention
 from kvcache.spans import Span
 from tests.adapter.kv_world import SMALL, Life, Scale, World
 from vllm_ext.metrics import WorkerFigures
@@ -20,6 +20,7 @@ from vllm_ext.metrics import WorkerFigures
 BLOCK, MAX_LEN, CHUNK = SMALL.block, SMALL.max_len, SMALL.chunk
 WINDOW = SpanRetention(Span(6, 13))
 ELASTIC = SpanRetention(Span(4, 8, -10, 32))
+ANSWERS = AfterPrompt(Span(6, 13))
 POLICIES: dict[str, tuple[RetentionPolicy, ...]] = {
     "sinks-and-window": (WINDOW,),
     "window-only": (SpanRetention(Span(0, 5)),),
@@ -29,6 +30,8 @@ POLICIES: dict[str, tuple[RetentionPolicy, ...]] = {
     "full-and-window": (KeepAll(), SpanRetention(Span(4, 9))),
     "two-windows": (SpanRetention(Span(4, 9)), SpanRetention(Span(8, 21))),
     "policy": (KeepAll(False), SpanRetention(Span(4, 9), caches_generated=False)),
+    "after-prompt": (ANSWERS,),
+    "full-and-after-prompt": (KeepAll(False), ANSWERS, AfterPrompt(Span(0, 5))),
     "full-and-spans": (KeepAll(), KeepAll(False), SpanRetention(Span(4, 9)), ELASTIC),
 }
 
@@ -102,6 +105,10 @@ ENTRIES: dict[str, tuple[dict[str, RetentionPolicy], Scale]] = {
         _layers((KeepAll(False), SpanRetention(WIDE.span, False), SpanRetention(GROWING.span))),
         replace(FULL_SIZE, num_heads=4),
     ),
+    "answers": (
+        _layers((KeepAll(False), AfterPrompt(WIDE.span), AfterPrompt(Span(0, 100)))),
+        replace(FULL_SIZE, num_heads=4),
+    ),
 }
 
 
@@ -110,7 +117,7 @@ def test_ten_thousand_events_with_spans_of_full_size_and_overlapping_steps(name:
     """Entries as a model has them; groups as vLLM makes them, two of them of one policy."""
     planned, scale = ENTRIES[name]
     world = World(planned, seed=11, num_blocks=300, caching=True, scale=scale)
-    assert len(world.policies) == {"heads": 4, "layers": 3}[name]
+    assert len(world.policies) == {"heads": 4, "layers": 3, "answers": 3}[name]
     while world.events.total() < 10_000:
         world.check_tables(_event(world))
         if world.events.total() % 8 == 0:  # what is wrong stays wrong
@@ -242,6 +249,7 @@ def test_a_pool_for_the_longest_request_serves_every_request_alone(policy: SpanR
     "policies",
     [
         pytest.param((KeepAll(False),), id="tidal"),
+        pytest.param((KeepAll(False), ANSWERS), id="answers"),
         pytest.param((KeepAll(False), SpanRetention(Span(8, 12), False)), id="policy"),
     ],
 )
@@ -276,6 +284,74 @@ def test_generated_blocks_are_cached_where_decode_is_exact() -> None:
         world.manager.free(first.request)
         again = world.request([*range(60), 900, 901])
         assert world.manager.get_computed_blocks(again.request)[1] == 60
+
+
+def test_a_prompt_is_whole_until_it_is_computed_and_its_gap_ends_later_hits() -> None:
+    world = _world(KeepAll(False), ANSWERS)
+    first = world.request(range(101))
+    _decode(world, first, range(0))
+    assert all(not block.is_null for blocks in world.tables(first) for block in blocks)
+    _decode(world, first, range(200, 201))
+    kept, gapped = world.tables(first)
+    assert not any(block.is_null for block in kept)
+    gap = [index for index, block in enumerate(gapped) if block.is_null]
+    assert gap == list(range(2, (101 - 13 + 1) // BLOCK))  # from the first decode row on
+    manager = world.manager.coordinator.single_type_managers[1]
+    assert manager.num_freed_blocks == len(gap)
+    again = world.request(range(101))
+    assert world.manager.get_computed_blocks(again.request)[1] == 100  # freed, and still there
+    gone = world.manager.block_pool.get_cached_block(again.request.block_hashes[5], [1])
+    assert gone is not None
+    world.manager.block_pool.evict_blocks({gone[0].block_id})
+    assert world.manager.get_computed_blocks(again.request)[1] == 5 * BLOCK  # in all groups
+
+
+def test_frees_wait_for_steps_of_the_prompt_that_are_in_flight() -> None:
+    world = _world(ANSWERS)
+    first = world.request(range(101))
+    _decode(world, first, range(0))
+    (blocks,) = world.tables(first)
+    for in_flight, num_gone in ((6, 0), (1, 20)):  # the last chunk; its token alone
+        first.request.append_output_token_ids(7)
+        first.request.num_in_flight_tokens = in_flight
+        assert world.manager.allocate_slots(first.request, 1) is not None
+        world.computed(first, first.num_computed, 1)
+        assert sum(block.is_null for block in blocks) == num_gone
+
+
+def test_a_request_that_wants_everything_keeps_it_also_after_a_preemption() -> None:
+    world = _world(ANSWERS)
+    first = world.request(range(81), {"sparse": "off"})
+    for _ in range(2):
+        _decode(world, first, range(200, 210))
+        (blocks,) = world.tables(first)
+        assert len(blocks) > 20
+        assert not any(block.is_null for block in blocks)
+        world.stop(first, "preempt")
+    _decode(world, first, range(0))
+    world.request(range(50))
+    _decode(world, world.lives[-1], range(200, 202))
+    assert any(block.is_null for block in world.tables(world.lives[-1])[0])
+    _end(world)
+
+
+def test_a_resumed_request_frees_while_it_computes_its_answer_again() -> None:
+    world = _world(ANSWERS)
+    first = world.request(range(41))
+    _decode(world, first, range(200, 260))
+    world.stop(first, "preempt")
+    hit, num_hit, _ = world.manager.get_computed_blocks(first.request)
+    assert num_hit == 40
+    for count in (1, 24, 24):
+        assert world.manager.allocate_slots(first.request, count, num_hit, hit) is not None
+        world.computed(first, first.num_computed + num_hit, count)
+        first.under_way.clear()
+        hit, num_hit = None, 0
+        world.check()
+    (blocks,) = world.tables(first)
+    assert [i for i, block in enumerate(blocks) if block.is_null] == list(
+        range(2, (41 + 24 - 13 + 1) // BLOCK)
+    )
 
 
 def _decode(world: World, life: Life, tokens: range) -> None:
