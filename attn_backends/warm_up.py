@@ -9,13 +9,13 @@ layer's own cache and block table. Their rows are short: how long a row is chang
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
 from attn_backends.batch import PagedBatch
-from attn_backends.layer_step import LayerStep, StepBatch
+from attn_backends.layer_step import LayerStep, StepBatch, ops_of
 from attn_backends.method import Selector, StepRows
 from attn_backends.ops.resolution import Ops
 from attn_backends.plan import LayerPlan
@@ -114,8 +114,11 @@ def _batch(query_lens: list[int], block_table: torch.Tensor, max_seq_len: int) -
 
 def _attend(planned: Iterable[tuple[LayerPlan, WarmLayer]], step: StepBatch) -> None:
     for plan, one in planned:
+        if plan.is_prefill_plain and step.prefill is not None:
+            # A preempted request's answer is computed again under the rule.
+            _attend([(replace(plan, is_prefill_plain=False), one)], step)
         key_cache = one.views[0]
         shape = (step.num_tokens, one.num_query_heads, key_cache.shape[3])
         query = torch.zeros(shape, dtype=key_cache.dtype, device=key_cache.device)
-        ops = one.ops[plan.rule is not None]
+        ops = ops_of(plan, one.ops)
         LayerStep(plan, step, ops, one.views, one.scale).attend(query, torch.empty_like(query))

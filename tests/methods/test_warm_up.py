@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from attn_backends.batch import PagedBatch
 from attn_backends.config import parse_config
-from attn_backends.layer_step import LayerStep, StepBatch
+from attn_backends.layer_step import LayerStep, StepBatch, ops_of
 from attn_backends.method import Geometry, Selector, StepRows
 from attn_backends.methods import load_method
 from attn_backends.ops.dispatch import OpContext, OpImpl
@@ -21,6 +22,7 @@ from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops, resolve_ops
 from attn_backends.ops.triton_support import SHARED_BYTES
 from attn_backends.warm_up import Limits, WarmLayer, batch_sizes, warm_up
 from kvcache.layout import KVOrder, PagedKVLayout, kv_views
+from tests.flux_profile import write_profile
 
 LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, MAX_MODEL_LEN, MAX_REQS = 4, 2, 4, 32, 32, 1024, 40
 ORDER = ORDER_OF_DEVICE["cpu"]
@@ -29,6 +31,11 @@ WINDOW = {"layers": [{"layers": 3, "role": "window", "sink_tokens": 32, "window_
 SETTINGS: list[tuple[str, dict[str, Any], set[str]]] = [
     ("SPARSE_FULL", {}, {"sparse_decode", "paged_attention"}),
     ("SINK_WINDOW", {}, {"sparse_decode", "paged_attention"}),
+    (
+        "FLUX",
+        {"profile": "by hand"},
+        {"sparse_decode", "dense_decode", "paged_attention"},
+    ),
     *[
         (
             "TIDAL_DECODE",
@@ -95,19 +102,33 @@ def _serve(
         max(query_lens),
         int(seq_lens.max()),
     )
-    plan = selector.plan(StepRows(seq_lens[:num_decodes], seq_lens[:num_decodes], len(query_lens)))
-    step = StepBatch.split(batch, num_decodes, MAX_MODEL_LEN)
+    plan = selector.plan(
+        StepRows(
+            seq_lens[:num_decodes],
+            seq_lens[:num_decodes],
+            len(query_lens),
+            dense_until=[generator.choice((None, 20, 150, 1000)) for _ in query_lens],
+            prefill_queries=[
+                range(end - tokens, end)
+                for tokens, end in zip(query_lens, seq_lens.tolist(), strict=True)
+            ][num_decodes:],
+        )
+    )
+    step = StepBatch.split(batch, num_decodes, MAX_MODEL_LEN).cut(plan.cuts)
     query = torch.zeros(sum(query_lens), QUERY_HEADS, HEAD)
     for layer in plan.layers.values():
-        ops = one.ops[layer.rule is not None]
+        ops = ops_of(layer, one.ops)
         LayerStep(layer, step, ops, one.views, one.scale).attend(query, torch.empty_like(query))
 
 
 @pytest.mark.parametrize(("method_name", "settings", "used"), SETTINGS, ids=str)
 def test_nothing_that_a_step_launches_is_new_after_the_warm_up(
-    method_name: str, settings: dict[str, Any], used: set[str]
+    method_name: str, settings: dict[str, Any], used: set[str], tmp_path: Path
 ) -> None:
     method = load_method(method_name)
+    if "profile" in settings:
+        path = write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS, [1])
+        settings = settings | {"profile": path}
     config = parse_config(method.config_cls, settings, method.name)
     geometry = Geometry(LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, MAX_REQS, MAX_MODEL_LEN)
     schedule = method.schedule(config, geometry)
