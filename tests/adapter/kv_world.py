@@ -299,3 +299,21 @@ class World:
             if first < end and (first < sinks or end > seen_from):
                 assert not block.is_null, f"block {index} is needed, and gone"
                 assert self.content[block.block_id][:2] == (life.prefix(end), end)
+
+
+def read_and_generate(world: World, life: Life, tokens: range) -> None:
+    """Reads what is left of a prompt, then generates these tokens."""
+    request, manager = life.request, world.manager
+    hit, num_hit = None, 0
+    if not life.is_running:
+        hit, num_hit, _ = manager.get_computed_blocks(request)
+    while life.num_computed < request.num_tokens:
+        start = life.num_computed + num_hit
+        count = min(request.num_tokens - start, world.scale.chunk)
+        assert manager.allocate_slots(request, count, num_hit, hit) is not None
+        hit, num_hit = None, 0
+        world.computed(life, start, count)
+    for token in tokens:
+        request.append_output_token_ids(token)
+        assert manager.allocate_slots(request, 1) is not None
+        world.computed(life, life.num_computed, 1)

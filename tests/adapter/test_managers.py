@@ -14,7 +14,7 @@ from kvcache.adapter.figures import FOLDER_ENV, figure_files
 from kvcache.adapter.freeing import HELD
 from kvcache.retention import AfterPrompt, KeepAll, RetentionPolicy, SpanRetention
 from kvcache.spans import Span
-from tests.adapter.kv_world import SMALL, Life, Scale, World
+from tests.adapter.kv_world import SMALL, Life, Scale, World, read_and_generate
 from vllm_ext.metrics import WorkerFigures
 
 BLOCK, MAX_LEN, CHUNK = SMALL.block, SMALL.max_len, SMALL.chunk
@@ -164,7 +164,7 @@ def test_without_sinks_or_tail_there_is_no_hit() -> None:
 def test_a_shorter_prefix_of_an_elastic_span_needs_a_shorter_tail() -> None:
     world = _world(ELASTIC)
     first = world.request(range(101))
-    _decode(world, first, range(0))
+    read_and_generate(world, first, range(0))
     (blocks,) = world.tables(first)
     # The last chunk began at 96, whose span is 38 tokens.
     assert [index for index, block in enumerate(blocks) if block.is_null] == list(range(1, 14))
@@ -260,15 +260,15 @@ def test_generated_blocks_stay_out_of_the_cache_where_decode_is_sparse(
     """A generates after its prompt, B's prompt is both, C hits what they left."""
     world = _world(*policies)
     first = world.request(range(41))
-    _decode(world, first, range(41, 60))
+    read_and_generate(world, first, range(41, 60))
     if is_session:
         world.go_on(first)
-        _decode(world, first, range(0))
+        read_and_generate(world, first, range(0))
     answered = [*range(60), 900, 901]
     world.manager.free(first.request)
     second = world.request(answered)
     assert world.manager.get_computed_blocks(second.request)[1] == 40
-    _decode(world, second, range(0))
+    read_and_generate(world, second, range(0))
     world.manager.free(second.request)
     third = world.request([*answered, 902, 903])
     hit, num_hit, _ = world.manager.get_computed_blocks(third.request)
@@ -280,96 +280,10 @@ def test_generated_blocks_are_cached_where_decode_is_exact() -> None:
     for policy in (KeepAll(), WINDOW):
         world = _world(policy)
         first = world.request(range(41))
-        _decode(world, first, range(41, 62))
+        read_and_generate(world, first, range(41, 62))
         world.manager.free(first.request)
         again = world.request([*range(60), 900, 901])
         assert world.manager.get_computed_blocks(again.request)[1] == 60
-
-
-def test_a_prompt_is_whole_until_it_is_computed_and_its_gap_ends_later_hits() -> None:
-    world = _world(KeepAll(False), ANSWERS)
-    first = world.request(range(101))
-    _decode(world, first, range(0))
-    assert all(not block.is_null for blocks in world.tables(first) for block in blocks)
-    _decode(world, first, range(200, 201))
-    kept, gapped = world.tables(first)
-    assert not any(block.is_null for block in kept)
-    gap = [index for index, block in enumerate(gapped) if block.is_null]
-    assert gap == list(range(2, (101 - 13 + 1) // BLOCK))  # from the first decode row on
-    manager = world.manager.coordinator.single_type_managers[1]
-    assert manager.num_freed_blocks == len(gap)
-    again = world.request(range(101))
-    assert world.manager.get_computed_blocks(again.request)[1] == 100  # freed, and still there
-    gone = world.manager.block_pool.get_cached_block(again.request.block_hashes[5], [1])
-    assert gone is not None
-    world.manager.block_pool.evict_blocks({gone[0].block_id})
-    assert world.manager.get_computed_blocks(again.request)[1] == 5 * BLOCK  # in all groups
-
-
-def test_frees_wait_for_steps_of_the_prompt_that_are_in_flight() -> None:
-    world = _world(ANSWERS)
-    first = world.request(range(101))
-    _decode(world, first, range(0))
-    (blocks,) = world.tables(first)
-    for in_flight, num_gone in ((6, 0), (1, 20)):  # the last chunk; its token alone
-        first.request.append_output_token_ids(7)
-        first.request.num_in_flight_tokens = in_flight
-        assert world.manager.allocate_slots(first.request, 1) is not None
-        world.computed(first, first.num_computed, 1)
-        assert sum(block.is_null for block in blocks) == num_gone
-
-
-def test_a_request_that_wants_everything_keeps_it_also_after_a_preemption() -> None:
-    world = _world(ANSWERS)
-    first = world.request(range(81), {"sparse": "off"})
-    for _ in range(2):
-        _decode(world, first, range(200, 210))
-        (blocks,) = world.tables(first)
-        assert len(blocks) > 20
-        assert not any(block.is_null for block in blocks)
-        world.stop(first, "preempt")
-    _decode(world, first, range(0))
-    world.request(range(50))
-    _decode(world, world.lives[-1], range(200, 202))
-    assert any(block.is_null for block in world.tables(world.lives[-1])[0])
-    _end(world)
-
-
-def test_a_resumed_request_frees_while_it_computes_its_answer_again() -> None:
-    world = _world(ANSWERS)
-    first = world.request(range(41))
-    _decode(world, first, range(200, 260))
-    world.stop(first, "preempt")
-    hit, num_hit, _ = world.manager.get_computed_blocks(first.request)
-    assert num_hit == 40
-    for count in (1, 24, 24):
-        assert world.manager.allocate_slots(first.request, count, num_hit, hit) is not None
-        world.computed(first, first.num_computed + num_hit, count)
-        first.under_way.clear()
-        hit, num_hit = None, 0
-        world.check()
-    (blocks,) = world.tables(first)
-    assert [i for i, block in enumerate(blocks) if block.is_null] == list(
-        range(2, (41 + 24 - 13 + 1) // BLOCK)
-    )
-
-
-def _decode(world: World, life: Life, tokens: range) -> None:
-    """Reads what is left of a prompt, then generates these tokens."""
-    request, manager = life.request, world.manager
-    hit, num_hit = None, 0
-    if not life.is_running:
-        hit, num_hit, _ = manager.get_computed_blocks(request)
-    while life.num_computed < request.num_tokens:
-        start = life.num_computed + num_hit
-        count = min(request.num_tokens - start, CHUNK)
-        assert manager.allocate_slots(request, count, num_hit, hit) is not None
-        hit, num_hit = None, 0
-        world.computed(life, start, count)
-    for token in tokens:
-        request.append_output_token_ids(token)
-        assert manager.allocate_slots(request, 1) is not None
-        world.computed(life, life.num_computed, 1)
 
 
 def test_what_is_held_is_shown_when_no_step_follows(
@@ -384,7 +298,7 @@ def test_what_is_held_is_shown_when_no_step_follows(
         return [s.value for f in families if f.name == HELD[0] for s in f.samples]
 
     first = world.request(range(50))
-    _decode(world, first, range(0))
+    read_and_generate(world, first, range(0))
     world.manager.new_step_starts()
     assert shown() == [2 + 4]  # sinks, and what the last chunk of two tokens may see
     world.manager.free(first.request)
