@@ -67,6 +67,27 @@ class PagedBatch:
 
 
 @dataclass(frozen=True)
+class RowCuts:
+    """Parts of rows, each of which a step serves as a row of its own: some query tokens of a row
+    may follow another rule than those before them.
+    """
+
+    rows: torch.Tensor  # [num_parts] int64: the row of each part, ascending
+    query_start_loc: torch.Tensor  # [num_parts + 1] int32
+    seq_lens: torch.Tensor  # [num_parts] int32, tokens up to the part's last query
+
+    def of(self, batch: PagedBatch) -> PagedBatch:
+        """The parts of this batch's rows as a batch, of the same query tokens in the same order."""
+        return replace(
+            batch,
+            query_start_loc=self.query_start_loc,
+            seq_lens=self.seq_lens,
+            block_table=batch.block_table[self.rows],
+            num_reqs=len(self.rows),
+        )
+
+
+@dataclass(frozen=True)
 class SpanRule:
     """A ``Span`` per row and KV head: which tokens a query may attend.
 

@@ -11,7 +11,7 @@ from typing import assert_never
 
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch
+from attn_backends.batch import BlockSelection, PagedBatch, RowCuts
 from attn_backends.ops.resolution import Ops
 from attn_backends.plan import (
     Anchor,
@@ -55,6 +55,12 @@ class StepBatch:
             prefill = batch.rows(num_decodes, batch.num_reqs, num_decodes, batch.num_tokens)
         return cls(decode, prefill)
 
+    def cut(self, cuts: RowCuts | None) -> StepBatch:
+        """The same tokens, prefill rows in these parts."""
+        if cuts is None or self.prefill is None:
+            return self
+        return replace(self, prefill=cuts.of(self.prefill))
+
     @property
     def num_decodes(self) -> int:
         """Decode rows, and their tokens."""
@@ -64,6 +70,19 @@ class StepBatch:
     def num_tokens(self) -> int:
         """Query tokens of all rows, padding apart."""
         return self.num_decodes + (0 if self.prefill is None else self.prefill.num_tokens)
+
+
+def ops_of(plan: LayerPlan, ops: tuple[Ops, Ops]) -> Ops:
+    """What serves a layer in a step.
+
+    Args:
+        plan: of the layer.
+        ops: of layers without and with a token rule, which not every kernel has.
+    """
+    plain, ruled = ops
+    if plan.rule is None:
+        return plain
+    return replace(ruled, paged_attention=plain.paged_attention) if plan.is_prefill_plain else ruled
 
 
 @dataclass(frozen=True)
@@ -99,7 +118,7 @@ class LayerStep:
             tokens = slice(num_decodes, num_decodes + prefill.num_tokens)
             if self.plan.witness is not None:
                 self.plan.witness(query[tokens], self.views[0], prefill)
-            rule = self.plan.rule
+            rule = None if self.plan.is_prefill_plain else self.plan.rule
             if rule is not None:
                 rule = rule.rows(num_decodes, num_decodes + prefill.num_reqs)
             self.ops.paged_attention.run(

@@ -44,6 +44,11 @@ class StepRows:
         options: by index of the decode row, for rows whose request asked for something itself.
         ended_ids: requests that ended since the step before.
         prompt_rows: decode rows whose token is of a prompt: they read everything, as prefill does.
+        dense_until: of decode and prefill rows, for ``LayerSchedule.prompts_see_everything``: the
+            position from which spans hold, ``EVERYTHING_TOKENS`` where the request asks for all of
+            its context; None of rows that are nobody's. Empty where no row is known.
+        prefill_queries: positions of each prefill row's queries, for the same; empty where no row
+            is known.
     """
 
     seq_lens: torch.Tensor
@@ -53,6 +58,8 @@ class StepRows:
     options: Mapping[int, RowOptions] = field(default_factory=dict)
     ended_ids: Collection[str] = ()
     prompt_rows: Sequence[int] = ()
+    dense_until: Sequence[int | None] = ()
+    prefill_queries: Sequence[range] = ()
 
     @property
     def num_decodes(self) -> int:

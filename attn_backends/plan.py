@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
+from attn_backends.batch import BlockSelection, PagedBatch, RowCuts, SpanRule
 from kvcache.spans import Span
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class LayerRole(Enum):
     SELECTED = "selected"
     """Reads a selection that was computed when the step was planned."""
     WINDOW = "window"
-    """Reads what each KV head's span shows it (``LayerSchedule.spans``), in prefill too."""
+    """Reads what each KV head's span shows it (``LayerSchedule.spans``), in prefill too unless
+    ``LayerSchedule.prompts_see_everything``."""
     ANCHOR = "anchor"
     """Reads everything and chooses blocks for the layers after it."""
     REUSE = "reuse"
@@ -55,6 +56,8 @@ class LayerSchedule:
         head_maps: for REUSE layers whose KV heads do not follow the anchor's head of the same
             index: the anchor's KV head that each KV head follows.
         spans: of the WINDOW layers, and of no others: what each KV head sees.
+        prompts_see_everything: spans hold from a request's first answer token on; queries of its
+            prompt see everything.
 
     Raises:
         ValueError: no layers, all of them dropped, a REUSE layer without an anchor before it, or
@@ -64,6 +67,7 @@ class LayerSchedule:
     roles: tuple[LayerRole, ...]
     head_maps: dict[int, tuple[int, ...]] = field(default_factory=dict)
     spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
+    prompts_see_everything: bool = False
 
     def __post_init__(self) -> None:
         if not self.roles:
@@ -97,6 +101,8 @@ class LayerSchedule:
     @property
     def narrows_decode_only(self) -> bool:
         """Whether prefill reads everything that decode leaves out."""
+        if self.prompts_see_everything:
+            return True
         narrowing = {LayerRole.REUSE, LayerRole.SELF} & {*self.roles}
         return bool(narrowing) and LayerRole.WINDOW not in self.roles
 
@@ -218,11 +224,13 @@ class LayerPlan:
         decode: the way of the decode rows.
         rule: which tokens each row and KV head sees, prefill rows as well; None: all of them.
         witness: sees the prefill rows of a method that learns from prompts; None costs nothing.
+        is_prefill_plain: this step's prefill rows see everything, whatever the rule.
     """
 
     decode: DecodeWay
     rule: SpanRule | None = None
     witness: PrefillWitness | None = None
+    is_prefill_plain: bool = False
 
 
 DENSE_LAYER = LayerPlan(Dense())
@@ -236,11 +244,13 @@ class StepPlan:
         layers: by layer index, all but the dropped ones.
         reasons: of the decode rows.
         watch: what is known of the anchors' choices, for metrics; None where nobody chooses.
+        cuts: of the prefill rows, where rules count parts of them as rows.
     """
 
     layers: Mapping[int, LayerPlan]
     reasons: Sequence[RowReason]
     watch: RecallWatch | None = None
+    cuts: RowCuts | None = None
 
     @property
     def narrowed_rows(self) -> list[int]:

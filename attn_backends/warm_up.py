@@ -9,14 +9,14 @@ layer's own cache and block table. Their rows are short: how long a row is chang
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
 from attn_backends.batch import PagedBatch
 from attn_backends.head_tables import HeadPlaces, HeadTables
-from attn_backends.layer_step import LayerStep, StepBatch
+from attn_backends.layer_step import LayerStep, StepBatch, ops_of
 from attn_backends.method import Selector, StepRows
 from attn_backends.ops.resolution import Ops
 from attn_backends.plan import LayerPlan
@@ -145,11 +145,13 @@ def _attend(
     planned: Iterable[tuple[LayerPlan, WarmLayer]], step: StepBatch, rows: SplitRows | None
 ) -> None:
     for plan, one in planned:
+        if plan.is_prefill_plain and step.prefill is not None:
+            # A preempted request's answer is computed again under the rule.
+            _attend([(replace(plan, is_prefill_plain=False), one)], step, rows)
         key_cache = one.views[0]
         shape = (step.num_tokens, one.num_query_heads, key_cache.shape[3])
         query = torch.zeros(shape, dtype=key_cache.dtype, device=key_cache.device)
-        ops = one.ops[plan.rule is not None]
-        layer = LayerStep(plan, step, ops, one.views, one.scale)
+        layer = LayerStep(plan, step, ops_of(plan, one.ops), one.views, one.scale)
         if rows is not None and one.places is not None:
             SplitLayerStep(layer, rows, one.places).attend(query, torch.empty_like(query))
         else:

@@ -123,6 +123,47 @@ class SpanRetention:
         return -(-(self.span.tokens(prefix_tokens + 1) - 1) // block_size)
 
 
+@dataclass(frozen=True)
+class AfterPrompt:
+    """Keeps everything until the prompt is computed; then the sinks, in whole blocks, and the span
+    of the answer's queries.
+
+    Queries of the prompt see everything, so that a prefix hit needs all of it: where a gap is gone
+    from the cache, a hit ends. What is generated never serves a later prompt, which would have
+    been computed densely.
+
+    Attributes:
+        span: what a query behind the prompt sees, by its position.
+    """
+
+    span: Span
+
+    @property
+    def caches_generated(self) -> bool:
+        """See ``RetentionPolicy.caches_generated``."""
+        return False
+
+    @property
+    def identity(self) -> str:
+        """See ``RetentionPolicy.identity``."""
+        return f"prompt-then-{self.span}" + _cached(self.caches_generated)
+
+    def evictable(
+        self, num_computed_tokens: int, prompt_tokens: int, block_size: int
+    ) -> BlockRange:
+        """Blocks that no later query may read.
+
+        Args:
+            num_computed_tokens: tokens whose keys and values are final; the next query's
+                position.
+            prompt_tokens: of the request, or more: queries from there on have the span.
+            block_size: tokens per block.
+        """
+        if num_computed_tokens < prompt_tokens:
+            return BlockRange(0, 0)
+        return SpanRetention(self.span).evictable(num_computed_tokens, block_size)
+
+
 def _cached(caches_generated: bool) -> str:
     return "" if caches_generated else "-prompts-cached"
 

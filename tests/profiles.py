@@ -18,6 +18,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "drop_layers": [3],
     },
     "SINK_WINDOW": {"full_layers": [0], "full_heads": {"2": [1]}, "drop_layers": [3]},
+    "FLUX": {"full_layers": [1, 4], "sink_tokens": 40, "window_tokens": 128},
     "MOA": {
         "sink_tokens": 40,
         "floor_tokens": 128,

@@ -27,10 +27,15 @@ from attn_backends.adapter.planning import (
     group_geometry,
     shared_planner,
 )
-from attn_backends.adapter.rows import RowKinds, kinds_by_order, kinds_by_tokens
+from attn_backends.adapter.rows import (
+    RowKinds,
+    kinds_by_order,
+    kinds_by_tokens,
+    query_positions,
+)
 from attn_backends.batch import PagedBatch
 from attn_backends.config import ConfigError
-from attn_backends.layer_step import LayerStep, StepBatch
+from attn_backends.layer_step import LayerStep, StepBatch, ops_of
 from attn_backends.method import SparseMethod
 from attn_backends.ops.resolution import Ops
 from attn_backends.plan import NO_LAYERS, LayerPlan, StepPlan
@@ -74,7 +79,7 @@ class ExtMetadata(AttentionMetadata):
             scale: of its scores.
         """
         plan = self.layers[name]
-        return LayerStep(plan, self.batch, self.ops[plan.rule is not None], views, scale)
+        return LayerStep(plan, self.batch, ops_of(plan, self.ops), views, scale)
 
 
 class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
@@ -128,7 +133,14 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         num_query_heads = sample.num_heads // sample.num_kv_heads * kv_cache_spec.num_kv_heads
         plain, ruled = (
             engine_and_our_ops(
-                op_context(kv_cache_spec, num_query_heads, device, spans), config.kernel
+                op_context(
+                    kv_cache_spec,
+                    num_query_heads,
+                    device,
+                    spans,
+                    rows_differ=schedule.prompts_see_everything,
+                ),
+                config.kernel,
             )
             for spans in ((), schedule.spans.values())
         )
@@ -160,7 +172,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             for name, index in self._layer_of.items()
             if index in plan.layers
         }
-        step = StepBatch.split(batch, rows.num_decodes, self._max_model_len)
+        step = StepBatch.split(batch, rows.num_decodes, self._max_model_len).cut(plan.cuts)
         split = self._planner.split
         return ExtMetadata(step, layers, plan, self._ops, batch.block_table, split)
 
@@ -191,6 +203,9 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         if not self._layer_of:
             return NO_LAYERS
         lengths = common.seq_lens_cpu_upper_bound  # exact without speculative decoding
+        queries: list[range] = []
+        if self._planner.follows_prompts and lengths is not None:
+            queries = query_positions(common.query_start_loc_cpu, lengths)[rows.num_decodes :]
         return self._planner.plan(
             self,
             common.seq_lens[: rows.num_decodes],
@@ -198,6 +213,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             common.num_reqs,
             rows.prompt_rows,
             common.req_idx,
+            queries,
         )
 
 

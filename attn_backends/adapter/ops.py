@@ -42,6 +42,7 @@ def op_context(
     num_query_heads: int,
     device: torch.device,
     spans: Collection[tuple[Span, ...]] = (),
+    rows_differ: bool = False,
 ) -> OpContext:
     """What the ops must serve for layers of this KV spec.
 
@@ -50,9 +51,11 @@ def op_context(
         num_query_heads: of a layer.
         device: of the cache.
         spans: of the layers with a rule, one span per KV head; none: no layer has one.
+        rows_differ: some rows see everything instead.
     """
     layout = _layout(spec, spec.dtype, device.type)
-    return OpContext(layout, num_query_heads, device.type, bool(spans), _are_plain(spans))
+    are_plain = _are_plain(spans) and not rows_differ
+    return OpContext(layout, num_query_heads, device.type, bool(spans), are_plain)
 
 
 def _layout(shape: AttentionSpec | Geometry, dtype: torch.dtype, device_type: str) -> PagedKVLayout:

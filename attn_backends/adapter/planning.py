@@ -59,6 +59,9 @@ class StepPlanner:
         self.split = split
         self.selector = selector
         self._narrows_decode_only = schedule.narrows_decode_only
+        self.follows_prompts = schedule.prompts_see_everything
+        if self.follows_prompts:
+            BOOK.follow_prompts()
         self._counters = counters
         self._ended = BOOK.ended_requests()
         self._served: set[int] = set()  # builders that have this step's plan
@@ -76,6 +79,7 @@ class StepPlanner:
         num_rows: int,
         prompt_rows: Sequence[int] = (),
         places: Sequence[int] | None = None,
+        prefill_queries: Sequence[range] = (),
     ) -> StepPlan:
         """The step's plan, made for the first builder that asks: each asks once per step.
 
@@ -86,10 +90,15 @@ class StepPlanner:
             num_rows: decode and prefill rows.
             prompt_rows: of the decode rows, those of a single prompt token (rows.py).
             places: see ``RequestBook.ids_of_rows``.
+            prefill_queries: see ``StepRows``; for planners that follow prompts.
         """
         if not self._served or id(builder) in self._served:
             self._served.clear()
             ids = BOOK.ids_of_rows(len(seq_lens), places)
+            dense_until: Sequence[int | None] = ()
+            if self.follows_prompts:
+                all_ids = BOOK.ids_of_rows(num_rows, places)
+                dense_until = BOOK.dense_until(all_ids, num_rows)
             self._plan = self.selector.plan(
                 StepRows(
                     seq_lens,
@@ -99,6 +108,8 @@ class StepPlanner:
                     BOOK.of_rows(ids),
                     self._ended.take(),
                     prompt_rows,
+                    dense_until,
+                    prefill_queries,
                 )
             )
             self._count(set(prompt_rows))

@@ -13,13 +13,16 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+
 from attn_backends.batch import RowOptions
 from attn_backends.budget_config import PRESETS
 from attn_backends.method import SparseMethod
 from attn_backends.methods import methods_where
+from kvcache.spans import EVERYTHING_TOKENS
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 KEYS = ("sparse", "budget_tokens")  # of which a method takes its ``row_options``
 # Request ids of a batch's rows, given the rows' places in the runner's table of requests.
@@ -51,10 +54,9 @@ def parse_options(
         return None
     _refuse_untaken(set(ours), method)
     sparse = ours.get("sparse", "on")
-    if not isinstance(sparse, str) or sparse not in ("on", "off", *presets):
-        raise ValueError(
-            f"vllm_xargs.sparse is {sparse!r}; it must be one of on, off, {', '.join(presets)}"
-        )
+    allowed = ("on", "off", *presets)
+    if not isinstance(sparse, str) or sparse not in allowed:
+        raise ValueError(f"vllm_xargs.sparse is {sparse!r}; it must be one of {', '.join(allowed)}")
     budget_tokens = ours.get("budget_tokens")
     if budget_tokens is not None and (
         type(budget_tokens) is not int or not min_budget_tokens <= budget_tokens <= 1 << 20
@@ -116,6 +118,13 @@ def _is_beam_step(params: Any) -> bool:
     )
 
 
+def _dense_until(request: NewRequestData, extra_args: Mapping[str, Any]) -> int:
+    """From where on a request's spans hold; as the KV manager has it, which frees by that."""
+    if extra_args.get("sparse") == "off":
+        return EVERYTHING_TOKENS
+    return length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+
+
 class EndedRequests:
     """Requests that ended and that one reader has not been told of yet."""
 
@@ -135,6 +144,7 @@ class RequestBook:
         self._by_id: dict[str, RowOptions] = {}
         self._readers: WeakSet[EndedRequests] = WeakSet()  # they go with their planners
         self._num_beam_steps = 0  # since they were last taken
+        self._dense_until: dict[str, int] | None = None  # None: nobody asks
         self.presets: Mapping[str, RowOptions] = PRESETS
         self.num_rows = 0  # of the scheduler's step in hand
         self.row_ids: RowIds = lambda places: ()
@@ -162,10 +172,14 @@ class RequestBook:
             reader.ids += scheduler_output.finished_req_ids
         for request_id in scheduler_output.finished_req_ids:
             self._by_id.pop(request_id, None)
+            if self._dense_until is not None:
+                self._dense_until.pop(request_id, None)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             extra_args = params.extra_args if params is not None else None
             self._num_beam_steps += _is_beam_step(params)
+            if self._dense_until is not None and request.req_id not in self._dense_until:
+                self._dense_until[request.req_id] = _dense_until(request, extra_args or {})
             if extra_args and any(key in extra_args for key in KEYS):
                 self._by_id[request.req_id] = _options_of(extra_args, self.presets)
             else:
@@ -176,6 +190,23 @@ class RequestBook:
         if not self._by_id:
             return {}
         return {row: self._by_id[i] for row, i in enumerate(ids) if i in self._by_id}
+
+    def follow_prompts(self) -> None:
+        """From now on the book knows where prompts end (``dense_until``)."""
+        if self._dense_until is None:
+            self._dense_until = {}
+
+    def dense_until(self, ids: Sequence[str | None], num_rows: int) -> list[int | None]:
+        """See ``StepRows.dense_until``. It is what a request began with: of a streaming-input
+        session's later chunks nothing is dense, since what they would read may be freed.
+
+        Args:
+            ids: of the first rows.
+            num_rows: of the batch; the others are nobody's.
+        """
+        known = self._dense_until or {}
+        limits = [None if name is None else known.get(name) for name in ids[:num_rows]]
+        return limits + [None] * (num_rows - len(limits))
 
     def ended_requests(self) -> EndedRequests:
         """What a planner asks for requests that end from now on; each planner has its own."""

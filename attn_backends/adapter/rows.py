@@ -42,6 +42,18 @@ def is_prefilling(common: CommonAttentionMetadata) -> torch.Tensor:
     return flags
 
 
+def query_positions(query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> list[range]:
+    """Positions of each row's query tokens.
+
+    Args:
+        query_start_loc: ``[num_reqs + 1]`` on the host.
+        seq_lens: ``[num_reqs]`` on the host, exact.
+    """
+    ends = seq_lens.tolist()
+    starts = (seq_lens - query_start_loc[1 : len(ends) + 1] + query_start_loc[: len(ends)]).tolist()
+    return [range(*positions) for positions in zip(starts, ends, strict=True)]
+
+
 def kinds_by_order(common: CommonAttentionMetadata) -> RowKinds:
     """Where prefill kernels serve all that is prefill (CPUs); vLLM puts decode rows first."""
     num_decodes, *_ = split_decodes_and_prefills(

@@ -11,6 +11,7 @@ REGISTRY: dict[str, str] = {
     "SPARSE_FULL": "attn_backends.methods.sparse_full:METHOD",
     "SINK_WINDOW": "attn_backends.methods.sink_window:METHOD",
     "MOA": "attn_backends.methods.moa:METHOD",
+    "FLUX": "attn_backends.methods.flux:METHOD",
     "TIDAL_DECODE": "attn_backends.methods.tidal_decode:METHOD",
     "ORACLE_TOPK": "attn_backends.methods.oracle_topk:METHOD",
 }

@@ -17,18 +17,13 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from kvcache.adapter.figures import figure_files
-from kvcache.adapter.specs import KeepAllSpec, SpanSpec
+from kvcache.adapter.freeing import FreeingManager, live_blocks
+from kvcache.adapter.specs import AfterPromptSpec, KeepAllSpec, SpanSpec
 from kvcache.retention import usable_prefix
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.request import Request
-
-
-FREED = ("vllm_ext:kv_blocks_freed", "KV blocks returned to the pool by retention policies.")
-EVICTED = ("vllm_ext:kv_tokens_evicted", "Tokens whose keys and values were evicted, per group.")
-HELD = ("vllm_ext:kv_blocks_held", "KV blocks that requests hold under a retention policy.")
 
 
 class PromptEnds:
@@ -47,7 +42,7 @@ class PromptEnds:
         return min(num_tokens, self._by_request.setdefault(request, request.num_prompt_tokens))
 
 
-class SpanManager(SlidingWindowManager):
+class SpanManager(FreeingManager, SlidingWindowManager):
     """Keeps sinks and span of every request; frees the gap while it forms."""
 
     kv_cache_spec: SpanSpec
@@ -56,37 +51,6 @@ class SpanManager(SlidingWindowManager):
         super().__init__(kv_cache_spec, **kwargs)
         self._policy = kv_cache_spec.policy
         self._prompt_ends = PromptEnds()
-        self.num_freed_blocks = 0  # since the start, while their requests went on
-        self.num_held_blocks = 0  # by requests, now; shared ones counted for each
-        group = str(self.kv_cache_group_id)
-        self._labels = {"group": group, "policy": self._policy.identity}
-
-    def new_step_starts(self) -> None:
-        """vLLM's hook before every step: shows what is held."""
-        super().new_step_starts()
-        self._show_held()
-
-    def _show_held(self) -> None:
-        if (files := figure_files()) is not None:
-            files.set_part(*HELD, self._labels, self.num_held_blocks)
-
-    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
-        """vLLM's; gaps of a prefix hit are not held."""
-        super().add_local_computed_blocks(request_id, *args, **kwargs)
-        self.num_held_blocks += _live(self.req_to_blocks[request_id])
-
-    def allocate_new_blocks(self, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
-        """vLLM's, counted."""
-        blocks: list[KVCacheBlock] = super().allocate_new_blocks(*args, **kwargs)
-        self.num_held_blocks += len(blocks)
-        return blocks
-
-    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """vLLM's; no step may follow an engine's last request, so what is held is shown here."""
-        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
-        self.num_held_blocks -= _live(blocks)
-        self._show_held()
-        return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """vLLM's; up to the end of the prompt where the policy says so."""
@@ -128,7 +92,7 @@ class SpanManager(SlidingWindowManager):
             )
             return needed
         missing = -(-num_tokens // self.block_size) - len(new_computed_blocks)
-        may_add = self.kv_cache_spec.held_blocks(num_tokens) - _live(new_computed_blocks)
+        may_add = self.kv_cache_spec.held_blocks(num_tokens) - live_blocks(new_computed_blocks)
         evictable: int = self._get_num_evictable_blocks(new_computed_blocks)
         return min(missing, may_add) + evictable
 
@@ -140,24 +104,7 @@ class SpanManager(SlidingWindowManager):
     ) -> None:
         """Frees the gap, during chunked prefill as well as in decode."""
         gap = self._policy.evictable(processed_computed_tokens, self.block_size)
-        if not len(gap) or request_id not in self.req_to_blocks:
-            return
-        blocks = self.req_to_blocks[request_id]
-        first = min(gap.last, len(blocks))  # what was removed before ends in a null block
-        while first > gap.first and not blocks[first - 1].is_null:
-            first -= 1
-        free_before = self.block_pool.get_num_free_blocks()
-        self._remove_blocks_in_range(request_id, gap.first, gap.last)
-        self.num_held_blocks -= max(0, min(gap.last, len(blocks)) - first)
-        freed = self.block_pool.get_num_free_blocks() - free_before
-        if freed:
-            self._count(freed)
-
-    def _count(self, freed_blocks: int) -> None:
-        self.num_freed_blocks += freed_blocks
-        if (files := figure_files()) is not None:
-            files.add_to_counter(*FREED, self._labels, freed_blocks)
-            files.add_to_counter(*EVICTED, self._labels, freed_blocks * self.block_size)
+        self.free_gap(request_id, gap)
 
     @classmethod
     def find_longest_cache_hit(  # type: ignore[override]
@@ -209,10 +156,6 @@ class SpanManager(SlidingWindowManager):
         return None
 
 
-def _live(blocks: Sequence[KVCacheBlock]) -> int:
-    return sum(not block.is_null for block in blocks)
-
-
 class KeepAllManager(FullAttentionManager):
     """Full attention; generated blocks stay out of the prefix cache where the policy says so."""
 
@@ -228,7 +171,62 @@ class KeepAllManager(FullAttentionManager):
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 
+class AfterPromptManager(FreeingManager, FullAttentionManager):
+    """Keeps prompts whole until they are computed, then frees between sinks and span; generated
+    blocks stay out of the prefix cache.
+
+    A request that asks for all of its context (``vllm_xargs.sparse: "off"`` in its first chunk)
+    frees nothing. vLLM shows requests to managers of a prefix cache alone, so that front ends
+    refuse the option where there is none.
+    """
+
+    def __init__(self, kv_cache_spec: AfterPromptSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._policy = kv_cache_spec.policy
+        self._prompt_ends = PromptEnds()
+        self._wants_all: WeakKeyDictionary[Request, bool] = WeakKeyDictionary()
+        self._whole: set[str] = set()  # of the requests that hold blocks, those that want all
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; up to the end of the prompt."""
+        if self._wants_all.setdefault(request, wants_everything(request)):
+            self._whole.add(request.request_id)
+        num_tokens = self._prompt_ends.cacheable_tokens(request, num_tokens)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """vLLM's; a preempted request shows itself again."""
+        self._whole.discard(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Frees the gap once the prompt is final: no step in flight is of the prompt then.
+
+        Of a streaming-input session vLLM counts earlier answers as prompt: frees wait until a
+        chunk is read, and are made up for.
+        """
+        if num_prompt_tokens is None or request_id in self._whole:
+            return
+        self.free_gap(
+            request_id,
+            self._policy.evictable(processed_computed_tokens, num_prompt_tokens, self.block_size),
+        )
+
+
+def wants_everything(request: Request) -> bool:
+    """Whether a request asks to read all of its context in every layer."""
+    params = request.sampling_params
+    extra_args = None if params is None else params.extra_args
+    return extra_args is not None and extra_args.get("sparse") == "off"
+
+
 def register() -> None:
     """Makes the specs known to vLLM; called again without effect."""
     KVCacheSpecRegistry.register(SpanSpec, SpanManager, SpanSpec)
     KVCacheSpecRegistry.register(KeepAllSpec, KeepAllManager, KeepAllSpec)
+    KVCacheSpecRegistry.register(AfterPromptSpec, AfterPromptManager, AfterPromptSpec)

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from kvcache.retention import KeepAll, RetentionPolicy, SpanRetention
+from kvcache.retention import AfterPrompt, KeepAll, RetentionPolicy, SpanRetention
 
 if TYPE_CHECKING:
     from typing import Self
@@ -100,6 +100,15 @@ class KeepAllSpec(_OnePolicyPerGroup, FullAttentionSpec):
     policy: KeepAll
 
 
+@dataclass(frozen=True, kw_only=True)
+class AfterPromptSpec(_OnePolicyPerGroup, FullAttentionSpec):
+    """Frees behind the prompt. Full attention to vLLM: a request is admitted with all its tokens,
+    which it holds when its prompt ends, and a hit needs every block.
+    """
+
+    policy: AfterPrompt
+
+
 def with_policies(
     specs: Mapping[str, AttentionSpec],
     policies: Mapping[str, RetentionPolicy],
@@ -146,6 +155,8 @@ def _with_policy(
         )
     if isinstance(policy, KeepAll):
         return KeepAllSpec(**shared, policy=policy)
+    if isinstance(policy, AfterPrompt):
+        return AfterPromptSpec(**shared, policy=policy)
     raise TypeError(f"no KV cache spec for {policy}")
 
 

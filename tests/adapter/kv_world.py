@@ -30,10 +30,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, StreamingUpdate
 
-from kvcache.adapter.managers import SpanManager, register
+from kvcache.adapter.freeing import FreeingManager
+from kvcache.adapter.managers import register
 from kvcache.adapter.specs import policies_of_groups, with_policies
 from kvcache.grouping import check_groups
-from kvcache.retention import RetentionPolicy, SpanRetention
+from kvcache.retention import AfterPrompt, RetentionPolicy, SpanRetention
 from kvcache.spans import Span
 
 
@@ -95,6 +96,10 @@ class Life:
     first_sparse: int = 1 << 30  # the first generated token that this run computed
     under_way: deque[int] = field(default_factory=deque)  # tokens of steps that have not ended
     prefixes: list[int] = field(default_factory=lambda: [0])  # by length: what its tokens are
+    prompt_end: int = 0  # of its first chunk: what its own queries are behind
+
+    def __post_init__(self) -> None:
+        self.prompt_end = self.request.num_prompt_tokens
 
     def prefix(self, num_tokens: int) -> int:
         """Names the first tokens: equal for requests that begin with the same ones."""
@@ -127,12 +132,12 @@ class World:
         self._hasher = get_request_block_hasher(scale.block, sha256)
         self._families = [[family] * (2 * scale.max_len // 3) for family in range(3)]
 
-    def request(self, tokens: Sequence[int]) -> Life:
+    def request(self, tokens: Sequence[int], extra_args: dict[str, Any] | None = None) -> Life:
         """A new request with this prompt."""
         request = Request(
             request_id=f"r{self.events['arrive']}",
             prompt_token_ids=list(tokens),
-            sampling_params=SamplingParams(max_tokens=50),
+            sampling_params=SamplingParams(max_tokens=50, extra_args=extra_args),
             pooling_params=None,
             block_hasher=self._hasher,
         )
@@ -265,7 +270,7 @@ class World:
             for blocks in self.tables(life):
                 held.update(b.block_id for b in blocks if not b.is_null)
         for manager in self.manager.coordinator.single_type_managers:
-            if isinstance(manager, SpanManager):
+            if isinstance(manager, FreeingManager):
                 live = (b for blocks in manager.req_to_blocks.values() for b in blocks)
                 assert manager.num_held_blocks == sum(not block.is_null for block in live)
         pool = self.manager.block_pool
@@ -293,6 +298,8 @@ class World:
         policy, seen_from, sinks = self.policies[group], 0, 0
         if isinstance(policy, SpanRetention):
             seen_from, sinks = _first_seen(policy.span, position), policy.span.sink_tokens
+        if isinstance(policy, AfterPrompt) and position >= life.prompt_end:
+            seen_from, sinks = _first_seen(policy.span, position), policy.span.sink_tokens
         for index, block in enumerate(blocks):
             first = index * self.scale.block
             end = min(first + self.scale.block, num_computed)
@@ -305,3 +312,21 @@ def _first_seen(span: Span, position: int) -> int:
     """By the definition: ``t`` is seen from position ``p`` iff ``t > p - span(p)``."""
     elastic = span.alpha_tokens + span.beta_64ths * (position + 1) // 64
     return position - max(span.floor_tokens, elastic) + 1
+
+
+def read_and_generate(world: World, life: Life, tokens: range) -> None:
+    """Reads what is left of a prompt, then generates these tokens."""
+    request, manager = life.request, world.manager
+    hit, num_hit = None, 0
+    if not life.is_running:
+        hit, num_hit, _ = manager.get_computed_blocks(request)
+    while life.num_computed < request.num_tokens:
+        start = life.num_computed + num_hit
+        count = min(request.num_tokens - start, world.scale.chunk)
+        assert manager.allocate_slots(request, count, num_hit, hit) is not None
+        hit, num_hit = None, 0
+        world.computed(life, start, count)
+    for token in tokens:
+        request.append_output_token_ids(token)
+        assert manager.allocate_slots(request, 1) is not None
+        world.computed(life, life.num_computed, 1)

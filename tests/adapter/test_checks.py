@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from attn_backends.adapter.checks import refuse, unsupported_reasons
+from attn_backends.answer_windows import answer_entries
 from attn_backends.config import ConfigError, SettingError
 from attn_backends.method import Geometry
 from attn_backends.methods import load_method
 from attn_backends.plan import LayerRole, LayerSchedule
 from kvcache.entries import KVEntry
 from kvcache.retention import KeepAll
+from kvcache.spans import Span
 
 
 def _vllm_config(
@@ -181,3 +183,24 @@ def test_heads_with_caches_of_their_own_are_refused_where_they_were_not_tried(
         return
     with pytest.raises(ConfigError, match=words):
         selection._check_entries(method, engine, device_type)
+
+
+def test_routed_layers_are_refused_with_tensor_parallelism(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("vllm")
+    from vllm_ext.platforms import selection
+
+    spans = {0: (Span(64, 512),) * 2}
+    schedule = LayerSchedule((LayerRole.WINDOW,), spans=spans, prompts_see_everything=True)
+    entries = answer_entries(schedule, frees=True)
+    planned = entries, schedule, Geometry(1, 2, 2, 64, 32, 8, 512)
+    monkeypatch.setattr(selection, "planned_entries", lambda *_: planned)
+    engine: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+    )
+    selection._check_entries(load_method("FLUX"), engine, "cpu")
+    engine.parallel_config.tensor_parallel_size = 2
+    with pytest.raises(ConfigError, match="FLUX has not been tested with --tensor-parallel-size 2"):
+        selection._check_entries(load_method("FLUX"), engine, "cpu")

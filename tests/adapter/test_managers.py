@@ -11,16 +11,17 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvcache.adapter.figures import FOLDER_ENV, figure_files
-from kvcache.adapter.managers import HELD
-from kvcache.retention import KeepAll, RetentionPolicy, SpanRetention
+from kvcache.adapter.freeing import HELD
+from kvcache.retention import AfterPrompt, KeepAll, RetentionPolicy, SpanRetention
 from kvcache.spans import Span
 from tests.adapter.kv_lives import EVENTS, end, event
-from tests.adapter.kv_world import SMALL, Life, Scale, World
+from tests.adapter.kv_world import SMALL, Scale, World, read_and_generate
 from vllm_ext.metrics import WorkerFigures
 
 BLOCK, MAX_LEN, CHUNK = SMALL.block, SMALL.max_len, SMALL.chunk
 WINDOW = SpanRetention(Span(6, 13))
 ELASTIC = SpanRetention(Span(4, 8, -10, 32))
+ANSWERS = AfterPrompt(Span(6, 13))
 POLICIES: dict[str, tuple[RetentionPolicy, ...]] = {
     "sinks-and-window": (WINDOW,),
     "window-only": (SpanRetention(Span(0, 5)),),
@@ -30,6 +31,8 @@ POLICIES: dict[str, tuple[RetentionPolicy, ...]] = {
     "full-and-window": (KeepAll(), SpanRetention(Span(4, 9))),
     "two-windows": (SpanRetention(Span(4, 9)), SpanRetention(Span(8, 21))),
     "policy": (KeepAll(False), SpanRetention(Span(4, 9), caches_generated=False)),
+    "after-prompt": (ANSWERS,),
+    "full-and-after-prompt": (KeepAll(False), ANSWERS, AfterPrompt(Span(0, 5))),
     "full-and-spans": (KeepAll(), KeepAll(False), SpanRetention(Span(4, 9)), ELASTIC),
 }
 
@@ -101,7 +104,7 @@ def test_without_sinks_or_tail_there_is_no_hit() -> None:
 def test_a_shorter_prefix_of_an_elastic_span_needs_a_shorter_tail() -> None:
     world = _world(ELASTIC)
     first = world.request(range(101))
-    _decode(world, first, range(0))
+    read_and_generate(world, first, range(0))
     (blocks,) = world.tables(first)
     # The last chunk began at 96, whose span is 38 tokens.
     assert [index for index, block in enumerate(blocks) if block.is_null] == list(range(1, 14))
@@ -186,6 +189,7 @@ def test_a_pool_for_the_longest_request_serves_every_request_alone(policy: SpanR
     "policies",
     [
         pytest.param((KeepAll(False),), id="tidal"),
+        pytest.param((KeepAll(False), ANSWERS), id="answers"),
         pytest.param((KeepAll(False), SpanRetention(Span(8, 12), False)), id="policy"),
     ],
 )
@@ -196,15 +200,15 @@ def test_generated_blocks_stay_out_of_the_cache_where_decode_is_sparse(
     """A generates after its prompt, B's prompt is both, C hits what they left."""
     world = _world(*policies)
     first = world.request(range(41))
-    _decode(world, first, range(41, 60))
+    read_and_generate(world, first, range(41, 60))
     if is_session:
         world.go_on(first)
-        _decode(world, first, range(0))
+        read_and_generate(world, first, range(0))
     answered = [*range(60), 900, 901]
     world.manager.free(first.request)
     second = world.request(answered)
     assert world.manager.get_computed_blocks(second.request)[1] == 40
-    _decode(world, second, range(0))
+    read_and_generate(world, second, range(0))
     world.manager.free(second.request)
     third = world.request([*answered, 902, 903])
     hit, num_hit, _ = world.manager.get_computed_blocks(third.request)
@@ -216,28 +220,10 @@ def test_generated_blocks_are_cached_where_decode_is_exact() -> None:
     for policy in (KeepAll(), WINDOW):
         world = _world(policy)
         first = world.request(range(41))
-        _decode(world, first, range(41, 62))
+        read_and_generate(world, first, range(41, 62))
         world.manager.free(first.request)
         again = world.request([*range(60), 900, 901])
         assert world.manager.get_computed_blocks(again.request)[1] == 60
-
-
-def _decode(world: World, life: Life, tokens: range) -> None:
-    """Reads what is left of a prompt, then generates these tokens."""
-    request, manager = life.request, world.manager
-    hit, num_hit = None, 0
-    if not life.is_running:
-        hit, num_hit, _ = manager.get_computed_blocks(request)
-    while life.num_computed < request.num_tokens:
-        start = life.num_computed + num_hit
-        count = min(request.num_tokens - start, CHUNK)
-        assert manager.allocate_slots(request, count, num_hit, hit) is not None
-        hit, num_hit = None, 0
-        world.computed(life, start, count)
-    for token in tokens:
-        request.append_output_token_ids(token)
-        assert manager.allocate_slots(request, 1) is not None
-        world.computed(life, life.num_computed, 1)
 
 
 def test_what_is_held_is_shown_when_no_step_follows(
@@ -252,7 +238,7 @@ def test_what_is_held_is_shown_when_no_step_follows(
         return [s.value for f in families if f.name == HELD[0] for s in f.samples]
 
     first = world.request(range(50))
-    _decode(world, first, range(0))
+    read_and_generate(world, first, range(0))
     world.manager.new_step_starts()
     assert shown() == [2 + 4]  # sinks, and what the last chunk of two tokens may see
     world.manager.free(first.request)

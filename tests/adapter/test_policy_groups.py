@@ -148,6 +148,29 @@ def test_off_is_refused_where_a_window_holds_for_everyone(monkeypatch: Any) -> N
     selection.check_request({"sparse": "off"})
 
 
+def test_off_is_taken_where_prompts_see_everything_and_the_kv_manager_learns_of_it(
+    monkeypatch: Any,
+) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    from attn_backends.methods import load_method
+
+    method = load_method("FLUX")
+    schedule = LayerSchedule(
+        (LayerRole.WINDOW,), spans={0: (Span(64, 512),)}, prompts_see_everything=True
+    )
+    served = {"method": method, "config": method.config_cls(), "is_served": True}
+    served |= {"schedule": schedule, "has_prefix_cache": True}
+    monkeypatch.setattr(selection, "_active", served)
+    selection.check_request({"sparse": "off"})
+    with pytest.raises(VLLMValidationError, match="FLUX takes only sparse"):
+        selection.check_request({"budget_tokens": 512})
+    served["has_prefix_cache"] = False
+    selection.check_request({"sparse": "on"})
+    with pytest.raises(VLLMValidationError, match="this server has no prefix cache"):
+        selection.check_request({"sparse": "off"})
+
+
 def test_options_are_refused_where_no_method_is_known(monkeypatch: Any) -> None:
     """A configuration that came from another process was never prepared in this one."""
     from vllm.exceptions import VLLMValidationError

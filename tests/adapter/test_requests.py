@@ -19,6 +19,7 @@ from vllm.sampling_params import BeamSearchParams
 from attn_backends.adapter.requests import RequestBook, parse_options
 from attn_backends.batch import RowOptions
 from attn_backends.methods import load_method
+from kvcache.spans import EVERYTHING_TOKENS
 
 TIDAL = load_method("TIDAL_DECODE")
 
@@ -116,6 +117,28 @@ def test_the_options_of_a_sessions_later_chunk_are_its_own() -> None:
     assert book.of_rows(["a"]) == {0: RowOptions(is_dense=True)}
     book.update(_step({"a": None}))
     assert book.of_rows(["a"]) == {}
+
+
+def test_where_prompts_end_is_what_a_request_began_with() -> None:
+    """The KV manager frees by it, so that a session's later chunks cannot change it."""
+    book = RequestBook()
+    book.update(_step({"unasked": None}))  # nobody follows prompts: their tokens are not looked at
+    book.follow_prompts()
+
+    def step(tokens: dict[str, int], extra: Any = None, finished: tuple[str, ...] = ()) -> Any:
+        output = _step(dict.fromkeys(tokens, extra), finished)
+        for request in output.scheduled_new_reqs:
+            request.prompt_token_ids = [7] * tokens[request.req_id]
+            request.prompt_embeds = None
+        return output
+
+    book.update(step({"a": 5, "b": 9}))
+    book.update(step({"c": 3}, {"sparse": "off"}))
+    assert book.dense_until(["b", "c", None, "a"], 6) == [9, EVERYTHING_TOKENS, None, 5, None, None]
+    book.update(step({"a": 50}, {"sparse": "off"}))  # a session's next chunk
+    assert book.dense_until(["a", "unasked"], 2) == [5, None]
+    book.update(step({"a": 50}, finished=("a", "b")))  # another request under the same id
+    assert book.dense_until(["a", "b"], 2) == [50, None]
 
 
 def test_every_builder_learns_that_requests_ended() -> None:

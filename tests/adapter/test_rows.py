@@ -27,7 +27,12 @@ from vllm.v1.worker.utils import get_uniform_decode_token_count
 from attn_backends.adapter.entries import SplitEngine
 from attn_backends.adapter.planning import StepPlanner
 from attn_backends.adapter.requests import BOOK
-from attn_backends.adapter.rows import is_prefilling, kinds_by_order, kinds_by_tokens
+from attn_backends.adapter.rows import (
+    is_prefilling,
+    kinds_by_order,
+    kinds_by_tokens,
+    query_positions,
+)
 from attn_backends.adapter.worker import row_ids_of
 from attn_backends.batch import RowOptions
 from attn_backends.budget import BudgetSelector
@@ -158,6 +163,11 @@ def test_decode_rows_out_of_order_are_an_error() -> None:
         kinds_by_tokens(_common([CHUNK, DECODE]))
     # A prompt of one token may stand there: it is prefill, and served as such.
     assert kinds_by_tokens(_common([DECODE, CHUNK, ONE_TOKEN_PROMPT])).num_decodes == 1
+
+
+def test_query_positions_are_those_of_each_rows_last_tokens() -> None:
+    starts, lengths = torch.tensor([0, 1, 6, 6]), torch.tensor([40, 5, 9])
+    assert query_positions(starts, lengths) == [range(39, 40), range(0, 5), range(9, 9)]
 
 
 class _Counters:

@@ -25,7 +25,7 @@ from kvcache.adapter.concurrency import concurrency
 from kvcache.adapter.managers import register
 from kvcache.adapter.specs import SpanSpec, policies_of, policies_of_groups, with_policies
 from kvcache.grouping import check_groups
-from kvcache.retention import KeepAll, RetentionPolicy, SpanRetention
+from kvcache.retention import AfterPrompt, KeepAll, RetentionPolicy, SpanRetention
 from kvcache.spans import Span
 
 HEAD = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32)
@@ -37,6 +37,8 @@ POLICIES: tuple[RetentionPolicy, ...] = (
     SpanRetention(Span(64, 512), caches_generated=False),
     SpanRetention(Span(64, 128, -128, 24)),
     SpanRetention(Span(64, 128, -128, 8)),
+    AfterPrompt(Span(64, 512)),
+    AfterPrompt(Span(64, 128)),
 )
 
 

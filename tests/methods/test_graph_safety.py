@@ -27,6 +27,7 @@ from attn_backends.ops.dispatch import OpContext, OpImpl
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops, resolve_ops
 from attn_backends.plan import LayerPlan
 from kvcache.layout import PagedKVLayout, kv_views
+from kvcache.spans import EVERYTHING_TOKENS
 from tests.profiles import NUM_KV_HEADS, NUM_LAYERS, write_profile
 
 ROWS, QUERY_HEADS, HEAD, BLOCK = 3, 4, 32, 32
@@ -71,6 +72,7 @@ class _Batch:
     options: Mapping[int, RowOptions]
     ended_ids: tuple[str, ...] = ()
     prompt_rows: tuple[int, ...] = ()
+    dense_until: tuple[int | None, ...] = ()
 
 
 CAPTURED = _Batch([1, 1, 1], (), {})  # as vLLM captures: rows of nobody, of one token
@@ -89,6 +91,8 @@ BATCHES = [
     _Batch([0, 0, 0], (), {}),
     _Batch([1600, 1999, 0], ("l", "m"), {0: RowOptions(is_dense=True)}, prompt_rows=(1,)),
     _Batch([1, 1500, 1999], ("n", "o", "p"), {}, prompt_rows=(0, 2)),
+    _Batch([2000, 1900, 0], ("q", "r"), {}, prompt_rows=(1,), dense_until=(1999, 1950, None)),
+    _Batch([2000, 9, 1800], ("q", "r", "s"), {}, dense_until=(EVERYTHING_TOKENS, 8, 7)),
 ]
 
 
@@ -136,6 +140,7 @@ class _Engine:
             batch.options,
             batch.ended_ids,
             batch.prompt_rows,
+            batch.dense_until,
         )
         plan = self.selector.plan(rows)
         step = StepBatch.split(paged, ROWS, MAX_MODEL_LEN)

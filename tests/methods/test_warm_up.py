@@ -14,7 +14,7 @@ import torch
 from attn_backends.batch import PagedBatch
 from attn_backends.config import parse_config
 from attn_backends.head_tables import HeadPlaces, HeadTables
-from attn_backends.layer_step import LayerStep, StepBatch
+from attn_backends.layer_step import LayerStep, StepBatch, ops_of
 from attn_backends.method import Geometry, Selector, StepRows
 from attn_backends.methods import load_method
 from attn_backends.ops.dispatch import OpContext, OpImpl
@@ -24,7 +24,7 @@ from attn_backends.ops.triton_support import SHARED_BYTES
 from attn_backends.split_step import SplitLayerStep
 from attn_backends.warm_up import Limits, WarmHeads, WarmLayer, batch_sizes, warm_up
 from kvcache.layout import KVOrder, PagedKVLayout, kv_views
-from tests.moa_profile import write_profile
+from tests import flux_profile, moa_profile
 
 LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, MAX_MODEL_LEN, MAX_REQS = 4, 2, 4, 32, 32, 1024, 40
 ORDER = ORDER_OF_DEVICE["cpu"]
@@ -33,6 +33,11 @@ WINDOW = {"layers": [{"layers": 3, "role": "window", "sink_tokens": 32, "window_
 SETTINGS: list[tuple[str, dict[str, Any], set[str]]] = [
     ("SPARSE_FULL", {}, {"sparse_decode", "paged_attention"}),
     ("SINK_WINDOW", {}, {"sparse_decode", "paged_attention"}),
+    (
+        "FLUX",
+        {"profile": "by hand"},
+        {"sparse_decode", "dense_decode", "paged_attention"},
+    ),
     *[
         (
             "TIDAL_DECODE",
@@ -104,11 +109,22 @@ def _serve(
         max(query_lens),
         int(seq_lens.max()),
     )
-    plan = selector.plan(StepRows(seq_lens[:num_decodes], seq_lens[:num_decodes], len(query_lens)))
-    step = StepBatch.split(batch, num_decodes, MAX_MODEL_LEN)
+    plan = selector.plan(
+        StepRows(
+            seq_lens[:num_decodes],
+            seq_lens[:num_decodes],
+            len(query_lens),
+            dense_until=[generator.choice((None, 20, 150, 1000)) for _ in query_lens],
+            prefill_queries=[
+                range(end - tokens, end)
+                for tokens, end in zip(query_lens, seq_lens.tolist(), strict=True)
+            ][num_decodes:],
+        )
+    )
+    step = StepBatch.split(batch, num_decodes, MAX_MODEL_LEN).cut(plan.cuts)
     query = torch.zeros(sum(query_lens), QUERY_HEADS, HEAD)
     for plan_of_layer in plan.layers.values():
-        ops = one.ops[plan_of_layer.rule is not None]
+        ops = ops_of(plan_of_layer, one.ops)
         layer: Any = LayerStep(plan_of_layer, step, ops, one.views, one.scale)
         if heads is not None and one.places is not None:
             layer = SplitLayerStep(layer, heads.rows(step, len(query_lens)), one.places)
@@ -117,9 +133,12 @@ def _serve(
 
 @pytest.mark.parametrize(("method_name", "settings", "used"), SETTINGS, ids=str)
 def test_nothing_that_a_step_launches_is_new_after_the_warm_up(
-    method_name: str, settings: dict[str, Any], used: set[str]
+    method_name: str, settings: dict[str, Any], used: set[str], tmp_path: Path
 ) -> None:
     method = load_method(method_name)
+    if "profile" in settings:
+        path = flux_profile.write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS, [1])
+        settings = settings | {"profile": path}
     config = parse_config(method.config_cls, settings, method.name)
     geometry = Geometry(LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, MAX_REQS, MAX_MODEL_LEN)
     schedule = method.schedule(config, geometry)
@@ -140,7 +159,9 @@ def test_nothing_that_a_step_launches_is_new_after_the_warm_up(
 def test_nothing_is_new_where_heads_keep_different_blocks(tmp_path: Path) -> None:
     """Tiles of a pool: two KV groups, a head of each in every layer."""
     method = load_method("MOA")
-    profile = write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS, [[0, 64], [-64, 24]])
+    profile = moa_profile.write_profile(
+        tmp_path / "profile.json", LAYERS, KV_HEADS, [[0, 64], [-64, 24]]
+    )
     config = parse_config(method.config_cls, {"profile": profile}, method.name)
     geometry = Geometry(LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, MAX_REQS, MAX_MODEL_LEN)
     schedule = method.schedule(config, geometry)

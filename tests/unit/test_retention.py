@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.retention import BlockRange, KeepAll, SpanRetention, usable_prefix
+from kvcache.retention import AfterPrompt, BlockRange, KeepAll, SpanRetention, usable_prefix
 from kvcache.spans import Span
 
 SPANS = st.builds(
@@ -44,6 +44,23 @@ def test_a_block_that_nobody_sees_is_freed_at_once(span: Span, block: int, compu
         tokens = range(index * block, (index + 1) * block)
         is_needed = any(_sees(span, computed, token) for token in tokens)
         assert is_needed or gap.first <= index < gap.last
+
+
+@given(SPANS, BLOCK_SIZES, st.integers(0, 200), st.integers(1, 200))
+def test_behind_a_prompt_nothing_is_freed_that_is_seen_and_before_its_end_nothing(
+    span: Span, block: int, computed: int, prompt: int
+) -> None:
+    gap = AfterPrompt(span).evictable(computed, prompt, block)
+    assert len(gap) == 0 or computed >= prompt
+    if computed >= prompt:
+        assert gap == SpanRetention(span).evictable(computed, block)
+
+
+def test_policies_of_one_span_are_told_apart() -> None:
+    span = Span(64, 512)
+    policies = (AfterPrompt(span), SpanRetention(span, caches_generated=False), KeepAll(False))
+    assert len({policy.identity for policy in policies}) == 3
+    assert not AfterPrompt(span).caches_generated
 
 
 @settings(max_examples=400)

@@ -84,6 +84,7 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
         _check_entries(method, vllm_config, device_type)
     _choose_worker(vllm_config, device_type, is_served=not reasons)
     _active.update(method=method, config=config, is_served=not reasons, schedule=schedule)
+    _active["has_prefix_cache"] = bool(cache.enable_prefix_caching)
 
 
 def _all_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
@@ -123,6 +124,11 @@ def _check_entries(method: SparseMethod, vllm_config: VllmConfig, device_type: s
             f"{method.name} keeps different KV blocks in different layers or heads, which "
             "--disable-hybrid-kv-cache-manager rules out; drop that flag"
         )
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    if schedule.prompts_see_everything and num_ranks > 1:
+        raise ConfigError(
+            f"{method.name} has not been tested with --tensor-parallel-size {num_ranks}; use 1"
+        )
     if all(entry.heads is None for entry in entries):
         return
     if choosing := schedule.of_role(*CHOOSING_ROLES):
@@ -135,7 +141,6 @@ def _check_entries(method: SparseMethod, vllm_config: VllmConfig, device_type: s
             f"{method.name} keeps different KV blocks in different heads of a layer, which has not "
             "been tried under CUDA graphs; use --enforce-eager, or a profile by layers"
         )
-    num_ranks = vllm_config.parallel_config.tensor_parallel_size
     if num_ranks > 1:
         raise ConfigError(
             f"{method.name} keeps different KV blocks in different heads of a layer, which is not "
@@ -179,7 +184,15 @@ def check_request(extra_args: Mapping[str, Any] | None) -> None:
     if not _active["is_served"]:
         raise VLLMValidationError("vllm_xargs: this server runs dense, options are void")
     schedule = _active["schedule"]
-    if options.is_dense and schedule is not None and schedule.spans:
+    if options.is_dense and schedule is not None and schedule.prompts_see_everything:
+        # The KV manager learns of the option from the prefix cache's calls alone.
+        if not _active["has_prefix_cache"]:
+            raise VLLMValidationError(
+                "vllm_xargs.sparse is 'off', but this server has no prefix cache, without which "
+                "vLLM does not tell which requests free nothing; start it without "
+                "--no-enable-prefix-caching, or drop the option"
+            )
+    elif options.is_dense and schedule is not None and schedule.spans:
         raise VLLMValidationError(
             "vllm_xargs.sparse is 'off', but this server's policy has window layers, and what is "
             "in its prefix cache was computed through them; use 'accurate' or budget_tokens"
