@@ -24,7 +24,7 @@ from attn_backends.config import ConfigError
 from kvcache.adapter.concurrency import Concurrency, concurrency
 from kvcache.adapter.specs import policies_of, policies_of_groups, with_policies
 from kvcache.grouping import check_groups
-from kvcache.retention import SpanRetention
+from kvcache.retention import KeepAll
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -123,7 +123,7 @@ class RetainingWorker:
                 check_groups(self._planned, groups)
             except ValueError as error:
                 raise ConfigError(f"{method.name}: {error}") from None
-            if any(isinstance(policy, SpanRetention) for one in groups for policy in one.values()):
+            if any(not isinstance(policy, KeepAll) for one in groups for policy in one.values()):
                 say_what_is_freed(method.name, concurrency(self.vllm_config, kv_cache_config))
         stock: Any = super()
         with unallocated(self.vllm_config):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
-from kvcache.adapter.specs import SpanSpec
+from kvcache.adapter.specs import AfterPromptSpec, SpanSpec
+from kvcache.retention import SpanRetention
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,11 +52,10 @@ def concurrency(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Conc
     specs = [_one_spec(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
     usable_blocks = kv_cache_config.num_blocks - 1  # one is the null block
 
-    def blocks(in_flight_tokens: int) -> int:
-        return sum(_held_blocks(spec, request_tokens, in_flight_tokens) for spec in specs)
-
-    reading = blocks(vllm_config.max_in_flight_tokens)
-    decoding = blocks(vllm_config.max_concurrent_batches)  # a token of each step
+    in_flight_tokens = vllm_config.max_in_flight_tokens
+    reading = sum(_read_blocks(spec, request_tokens, in_flight_tokens) for spec in specs)
+    in_flight_tokens = vllm_config.max_concurrent_batches  # a token of each step
+    decoding = sum(_decode_blocks(spec, request_tokens, in_flight_tokens) for spec in specs)
     return Concurrency(
         request_tokens,
         held=min(usable_blocks / reading, 1.0) + max(0, usable_blocks - reading) / decoding,
@@ -71,7 +71,16 @@ def _one_spec(spec: KVCacheSpec) -> KVCacheSpec:
     return spec
 
 
-def _held_blocks(spec: KVCacheSpec, num_tokens: int, in_flight_tokens: int) -> int:
+def _read_blocks(spec: KVCacheSpec, num_tokens: int, in_flight_tokens: int) -> int:
+    """Held at most while a prompt is read."""
     if isinstance(spec, SpanSpec):
         return spec.policy.held_blocks(num_tokens, in_flight_tokens, spec.block_size)
     return -(-num_tokens // spec.block_size)
+
+
+def _decode_blocks(spec: KVCacheSpec, num_tokens: int, in_flight_tokens: int) -> int:
+    """Held behind the prompt."""
+    if isinstance(spec, AfterPromptSpec):
+        kept = SpanRetention(spec.policy.span)
+        return kept.held_blocks(num_tokens, in_flight_tokens, spec.block_size)
+    return _read_blocks(spec, num_tokens, in_flight_tokens)

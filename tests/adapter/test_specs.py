@@ -177,6 +177,22 @@ def test_one_request_reads_its_prompt_while_the_others_decode(
     assert alone.held == pytest.approx(0.5, abs=0.01)
 
 
+def test_behind_their_prompts_requests_hold_what_answers_see(vllm_config: VllmConfig) -> None:
+    """A group of full layers, and two that keep prompts whole."""
+    kinds = [KeepAll(), AfterPrompt(Span(64, 512)), AfterPrompt(Span(64, 512))]
+    planned = {f"layer.{number}": kinds[number % 3] for number in range(30)}
+    specs = with_policies(dict.fromkeys(planned, HEAD), planned, IN_FLIGHT, MAX_LEN)
+    groups = get_kv_cache_groups(vllm_config, dict(specs))
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=MAX_LEN),
+        max_in_flight_tokens=IN_FLIGHT,
+        max_concurrent_batches=1,
+    )
+    found = concurrency(config, KVCacheConfig(1 + 4 * 3 * 256, [], groups))
+    assert found.dense == 4
+    assert found.held == pytest.approx(1 + 3 * 3 * 256 / (256 + 2 * (2 + 17)))
+
+
 def test_more_tokens_in_flight_than_a_spec_was_made_for_are_refused() -> None:
     spec = _specs({"layer.0": POLICIES[2]})["layer.0"]
     assert isinstance(spec, SpanSpec)
