@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attn_backends.methods.flux import METHOD, FluxSection
-from attn_backends.profile import SCHEMA_VERSION, Profile
+from tests.profiles import write_section
 
 SINK_TOKENS, WINDOW_TOKENS = 40, 128
 
@@ -33,13 +33,4 @@ def write_profile(
     section = FluxSection(
         full_layers=list(full_layers), sink_tokens=SINK_TOKENS, window_tokens=window_tokens
     )
-    profile = Profile(
-        schema_version=SCHEMA_VERSION,
-        fingerprint="0" * 64,
-        model="a model of the tests",
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
-        calibration={},
-    ).with_section(METHOD.name, section)
-    path.write_text(profile.model_dump_json())
-    return str(path)
+    return write_section(path, METHOD.name, section, num_layers, num_kv_heads)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from attn_backends.methods.moa import METHOD, HeadSpans
-from attn_backends.profile import SCHEMA_VERSION, Profile
+from tests.profiles import write_section
 
 SINK_TOKENS, FLOOR_TOKENS = 40, 128
 CLASSES = [[0, 64], [200, 0], [-64, 24]]  # full heads, a window, and one that grows
@@ -36,16 +36,7 @@ def write_profile(
             for layer in range(num_layers)
         ],
     )
-    profile = Profile(
-        schema_version=SCHEMA_VERSION,
-        fingerprint="0" * 64,
-        model="a model of the tests",
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
-        calibration={},
-    ).with_section(METHOD.name, section)
-    path.write_text(profile.model_dump_json())
-    return str(path)
+    return write_section(path, METHOD.name, section, num_layers, num_kv_heads)
 
 
 def write_rules(

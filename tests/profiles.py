@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from attn_backends.profile import SCHEMA_VERSION, Profile, ProfileSection
+
 NUM_LAYERS, NUM_KV_HEADS = 6, 2
 SECTIONS: dict[str, dict[str, Any]] = {
     "TIDAL_DECODE": {
@@ -46,4 +48,14 @@ def write_profile(path: Path) -> str:
         The path, as settings take it.
     """
     path.write_text(json.dumps(PROFILE))
+    return str(path)
+
+
+def write_section(
+    path: Path, method: str, section: ProfileSection, num_layers: int, num_kv_heads: int
+) -> str:
+    """One method's, for a model of this shape; arguments and result as above."""
+    shape = {"num_layers": num_layers, "num_kv_heads": num_kv_heads}
+    profile = Profile(**(HEADER | shape | {"schema_version": SCHEMA_VERSION}))
+    path.write_text(profile.with_section(method, section).model_dump_json())
     return str(path)

@@ -13,7 +13,6 @@ sparse attention. We differ:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -29,13 +28,8 @@ from attn_backends.config import (
 )
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
-from attn_backends.profile import (
-    ProfileSection,
-    load_profile,
-    require_fit,
-    require_placed,
-    shipped_profile,
-)
+from attn_backends.profile import ProfileSection, require_placed
+from attn_backends.sections import AUTO, chosen_section
 from kvcache.entries import KVEntry
 from kvcache.spans import Span
 
@@ -77,7 +71,7 @@ class FluxConfig(MethodConfig):
             ``keep_all`` nothing.
     """
 
-    profile: str = "auto"
+    profile: str = AUTO
     retention: str = one_of(RETENTION_CHOICES, default="evict")
 
 
@@ -88,19 +82,13 @@ def _section(config: FluxConfig, geometry: Geometry) -> FluxSection:
         ConfigError: no profile, one without FLUX's section or of another shape, or a window that
             cannot hold a KV block.
     """
-    if config.profile != "auto":
-        profile = load_profile(Path(config.profile))
-    else:
-        shipped = shipped_profile(Path(geometry.model_path))
-        if shipped is None or METHOD.name not in shipped.methods:
-            raise ConfigError(
-                "FLUX needs to know which layers read everything, and no profile with that is "
-                "shipped for this model; write a FLUX section into one and name it "
-                "(--profile FILE; docs/tuning.md)"
-            )
-        profile = shipped
-    require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
-    section = profile.section(METHOD.name, FluxSection)
+    section = chosen_section(config.profile, geometry, METHOD.name, FluxSection)
+    if section is None:
+        raise ConfigError(
+            "FLUX needs to know which layers read everything, and no profile with that is shipped "
+            "for this model; write a FLUX section into one and name it (--profile FILE; "
+            "docs/tuning.md)"
+        )
     if problem := block_problem(section.window_tokens, geometry.block_size):
         raise SettingError("profile", f"names a window_tokens of FLUX that {problem}")
     return section

@@ -26,7 +26,8 @@ from attn_backends.head_classes import MAX_CLASSES, covered_in_classes, require_
 from attn_backends.method import Capabilities, Geometry, SparseMethod, keep_everything
 from attn_backends.moa_rules import load_rules
 from attn_backends.plan import LayerRole, LayerSchedule
-from attn_backends.profile import ProfileSection, load_profile, require_fit, shipped_profile
+from attn_backends.profile import ProfileSection
+from attn_backends.sections import AUTO, chosen_section
 from attn_backends.windows import WindowSelector, window_entries
 from kvcache.entries import KVEntry
 from kvcache.spans import Span, everything
@@ -94,13 +95,13 @@ class MoaConfig(MethodConfig):
         retention: ``evict`` frees what no later query of a head sees, ``keep_all`` nothing.
     """
 
-    profile: str = "auto"
+    profile: str = AUTO
     rules: str = ""
     retention: str = one_of(RETENTION_CHOICES, default="evict")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rules and self.profile != "auto":
+        if self.rules and self.profile != AUTO:
             raise SettingError("rules", f"is {self.rules!r} beside a profile: give one of them")
 
 
@@ -119,19 +120,14 @@ def _spans(config: MoaConfig, geometry: Geometry) -> list[list[Span]]:
         )
         size = geometry.num_kv_heads
         return [flat[layer * size : (layer + 1) * size] for layer in range(geometry.num_layers)]
-    if config.profile != "auto":
-        profile = load_profile(Path(config.profile))
-    else:
-        shipped = shipped_profile(Path(geometry.model_path))
-        if shipped is None or METHOD.name not in shipped.methods:
-            raise ConfigError(
-                "MOA needs to know what each head sees, and no profile with that is shipped for "
-                f"this model; make one with `{HeadSpans.made_by}` and name it (--profile FILE), or "
-                "give a file of MoA's (--rules FILE)"
-            )
-        profile = shipped
-    require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
-    return profile.section(METHOD.name, HeadSpans).spans()
+    section = chosen_section(config.profile, geometry, METHOD.name, HeadSpans)
+    if section is None:
+        raise ConfigError(
+            "MOA needs to know what each head sees, and no profile with that is shipped for this "
+            f"model; make one with `{HeadSpans.made_by}` and name it (--profile FILE), or give a "
+            "file of MoA's (--rules FILE)"
+        )
+    return section.spans()
 
 
 def _schedule(config: MoaConfig, geometry: Geometry) -> LayerSchedule:

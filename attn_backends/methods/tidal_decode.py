@@ -22,7 +22,6 @@ import logging
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -37,13 +36,8 @@ from attn_backends.plan import CHOOSING_ROLES, LayerRole, LayerSchedule
 from attn_backends.policy.composition import compose, retention_of
 from attn_backends.policy.model import NO_POLICY, Policy, PolicyError
 from attn_backends.policy.reading import parse_policy
-from attn_backends.profile import (
-    ProfileSection,
-    load_profile,
-    require_fit,
-    require_placed,
-    shipped_profile,
-)
+from attn_backends.profile import ProfileSection, require_placed
+from attn_backends.sections import AUTO, chosen_section
 from kvcache.entries import KVEntry, layer_entries
 from kvcache.retention import KeepAll
 
@@ -128,7 +122,7 @@ class TidalConfig(BudgetConfig):
         policy: of layers, budgets and presets; read from a document (``compose``).
     """
 
-    profile: str = "auto"
+    profile: str = AUTO
     anchor_attention: str = one_of(ANCHOR_ATTENTION, default="selected")
     reselect_steps: int = at_least(1, "steps", default=1)
     policy: Policy = NO_POLICY
@@ -217,18 +211,6 @@ def _checking_every_age(config: TidalConfig) -> TidalConfig:
     return replace(config, guard_interval_steps=interval_steps)
 
 
-def _section(config: TidalConfig, geometry: Geometry) -> AnchorSection | None:
-    if config.profile != "auto":
-        profile = load_profile(Path(config.profile))
-    else:
-        found = shipped_profile(Path(geometry.model_path))
-        if found is None or METHOD.name not in found.methods:
-            return None
-        profile = found
-    require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
-    return profile.section(METHOD.name, AnchorSection)
-
-
 @functools.cache
 def _warn_once(message: str) -> None:
     """Every builder and worker asks for the schedule; one warning a process is enough."""
@@ -257,7 +239,7 @@ def _entries(
 
 
 def _base_schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
-    section = _section(config, geometry)
+    section = chosen_section(config.profile, geometry, METHOD.name, AnchorSection)
     if section is not None:
         return section.schedule(geometry.num_layers)
     _warn_once(

@@ -47,6 +47,36 @@ def run_engine(
     return answer
 
 
+def small_engine(
+    model_path: str, backend: str | None, settings: dict[str, Any], kv_mib: int, **options: Any
+) -> dict[str, Any]:
+    """An fp32 engine for prompts of up to 1,500 tokens.
+
+    Args:
+        model_path: folder.
+        backend: a method's name, or None for stock vLLM.
+        settings: the method's.
+        kv_mib: MiB of its KV pool.
+        options: more of ``vllm.LLM``, which win.
+    """
+    ours = {"attention_backend": backend, "additional_config": {"vllm_ext": settings}}
+    return {
+        "model": model_path,
+        "dtype": "float32",
+        "max_model_len": 1600,
+        "kv_cache_memory_bytes": kv_mib << 20,
+        "enforce_eager": True,
+        "max_num_batched_tokens": 512,
+        **(ours if backend else {}),
+        **options,
+    }
+
+
+def tokens_of(answers: list[dict[str, Any]]) -> list[list[int]]:
+    """The tokens of a job's answers."""
+    return [answer["tokens"] for answer in answers]
+
+
 def _generate(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 

@@ -17,7 +17,7 @@ import torch
 from attn_backends.config import known_settings
 from attn_backends.method import Purpose
 from attn_backends.methods import REGISTRY, load_method
-from tests.e2e.engine import run_engine
+from tests.e2e.engine import run_engine, tokens_of
 from vllm_ext.evaluation.run import settings_reaching
 
 pytestmark = pytest.mark.e2e
@@ -92,10 +92,6 @@ def _engine(model_path: str, case: str | None, **options: Any) -> dict[str, Any]
     return engine
 
 
-def _tokens(job: list[dict[str, Any]]) -> list[list[int]]:
-    return [answer["tokens"] for answer in job]
-
-
 @pytest.fixture(scope="module")
 def stock(model_path: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Stock vLLM, the extension switched off, every prompt alone."""
@@ -151,11 +147,11 @@ def test_alone_equals_the_reference(
     case, answer = served
     alone, sees = answer["jobs"][0], CASES[case].visible
     if sees is None:
-        assert _tokens(alone) == _tokens(stock)
+        assert tokens_of(alone) == tokens_of(stock)
         expected = [reference["logprobs"] for reference in stock]
     else:
         reference = _masked_reference(model_path, prompts, alone, sees)
-        assert _tokens(alone) == [tokens for tokens, _ in reference]
+        assert tokens_of(alone) == [tokens for tokens, _ in reference]
         expected = [logprobs for _, logprobs in reference]
         pairs = zip(alone, stock, strict=True)
         changed = sum(abs(a["logprobs"][0] - b["logprobs"][0]) > 0.01 for a, b in pairs)
@@ -167,7 +163,7 @@ def test_alone_equals_the_reference(
 def test_together_and_prefix_cached_equals_alone(served: tuple[str, dict[str, Any]]) -> None:
     _, answer = served
     alone, together = answer["jobs"]  # the second job finds all prompts in the prefix cache
-    assert _tokens(together) == _tokens(alone)
+    assert tokens_of(together) == tokens_of(alone)
 
 
 def test_every_decode_row_was_sparse(
@@ -205,7 +201,7 @@ def test_scheduling_does_not_change_answers(
     # The longest first: decode rows then run beside chunks of long prefills.
     job = {"prompts": prompts[::-1], "together": True, "max_tokens": NEW_TOKENS}
     other = run_engine(_engine(model_path, case, **SCHEDULING[scheduling]), [job])
-    assert _tokens(other["jobs"][0])[::-1] == _tokens(answer["jobs"][0])
+    assert tokens_of(other["jobs"][0])[::-1] == tokens_of(answer["jobs"][0])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +228,7 @@ def test_preemption_does_not_change_answers(
     kept = known_settings(config_cls, {"retention": "keep_all"})
     engine["additional_config"] = {"vllm_ext": CASES[case].settings | kept}
     answer = run_engine(engine, [alone, alone | {"together": True}])
-    first, second = (_tokens(job) for job in answer["jobs"])
+    first, second = (tokens_of(job) for job in answer["jobs"])
     assert answer["preemptions"] > 0
     assert first == second
 
@@ -278,7 +274,7 @@ def _budgets_of_their_own(
         "vllm_ext": {"budget_tokens": 512, "reselect_steps": reselect_steps}
     }
     answer = run_engine(engine, [alone, alone | {"together": True}])
-    first, second = (_tokens(job) for job in answer["jobs"])
+    first, second = (tokens_of(job) for job in answer["jobs"])
     assert first == second
     assert first[1] == stock[-1]["tokens"]
     steps = NEW_TOKENS - 1

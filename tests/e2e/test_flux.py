@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.engine import run_engine
+from tests.e2e.engine import run_engine, small_engine, tokens_of
 from tests.flux_profile import SINK_TOKENS, WINDOW_TOKENS, write_profile
 
 pytestmark = pytest.mark.e2e
@@ -33,26 +33,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def _engine(
-    model_path: str, backend: str | None, settings: dict[str, Any], kv_mib: int, **options: Any
-) -> dict[str, Any]:
-    ours = {"attention_backend": backend, "additional_config": {"vllm_ext": settings}}
-    return {
-        "model": model_path,
-        "dtype": "float32",
-        "max_model_len": 1600,
-        "kv_cache_memory_bytes": kv_mib << 20,
-        "enforce_eager": True,
-        "max_num_batched_tokens": 512,
-        **(ours if backend else {}),
-        **options,
-    }
-
-
-def _tokens(answers: list[dict[str, Any]]) -> list[list[int]]:
-    return [answer["tokens"] for answer in answers]
-
-
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Every other layer is full."""
@@ -71,7 +51,7 @@ def job(prompts: list[list[int]]) -> dict[str, Any]:
 def kept(model_path: str, profile: str, job: dict[str, Any]) -> list[dict[str, Any]]:
     """The answers when nothing is freed."""
     settings = {"profile": profile, "retention": "keep_all"}
-    run = run_engine(_engine(model_path, "FLUX", settings, 400), [job])
+    run = run_engine(small_engine(model_path, "FLUX", settings, 400), [job])
     assert run["freed_blocks"] == [0]
     answers: list[dict[str, Any]] = run["jobs"][0]
     return answers
@@ -83,10 +63,10 @@ def test_layers_that_free_answer_as_layers_that_keep(
     case: str, model_path: str, profile: str, job: dict[str, Any], kept: list[dict[str, Any]]
 ) -> None:
     options, events = CASES[case]
-    engine = _engine(model_path, "FLUX", {"profile": profile}, 160, **options)
+    engine = small_engine(model_path, "FLUX", {"profile": profile}, 160, **options)
     run = run_engine(engine, [job | events, job])  # the second finds prompts in the prefix cache
     for answers in run["jobs"]:
-        assert _tokens(answers) == _tokens(kept)
+        assert tokens_of(answers) == tokens_of(kept)
         for got, expected in zip(answers, kept, strict=True):
             assert got["logprobs"] == pytest.approx(expected["logprobs"], abs=LOGPROB_TOLERANCE)
     assert [freed > 0 for freed in run["freed_blocks"]] in ([False, True], [True, False])
@@ -102,10 +82,10 @@ def test_all_layers_full_is_stock_vllm(
 ) -> None:
     full = write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS, range(LAYERS))
     stock, ours = (
-        run_engine(_engine(model_path, backend, {"profile": full}, 400), [job], env)
+        run_engine(small_engine(model_path, backend, {"profile": full}, 400), [job], env)
         for backend, env in ((None, {"VLLM_EXT_DISABLE": "1"}), ("FLUX", None))
     )
-    assert _tokens(ours["jobs"][0]) == _tokens(stock["jobs"][0])
+    assert tokens_of(ours["jobs"][0]) == tokens_of(stock["jobs"][0])
     assert ours["rows"].keys() == {"FLUX|dense|no_sparse_layers"}
 
 
@@ -113,14 +93,14 @@ def test_all_layers_full_is_stock_vllm(
 def test_a_request_that_asks_for_everything_is_stock_vllm_beside_others(
     model_path: str, profile: str, job: dict[str, Any], kept: list[dict[str, Any]]
 ) -> None:
-    stock_engine = _engine(model_path, None, {}, 400)
+    stock_engine = small_engine(model_path, None, {}, 400)
     stock = run_engine(stock_engine, [job], {"VLLM_EXT_DISABLE": "1"})["jobs"][0]
     asked = [None if number % 2 else {"sparse": "off"} for number in range(len(job["prompts"]))]
     events = {"preempt_at": [15, 40]}
-    engine = _engine(model_path, "FLUX", {"profile": profile}, 160)
+    engine = small_engine(model_path, "FLUX", {"profile": profile}, 160)
     run = run_engine(engine, [job | events | {"extra_args": asked}])
     expected = [stock[number] if one else kept[number] for number, one in enumerate(asked)]
-    assert _tokens(run["jobs"][0]) == _tokens(expected)
+    assert tokens_of(run["jobs"][0]) == tokens_of(expected)
     assert run["rows"]["FLUX|dense|request_off"] > 0
     assert run["preemptions"] > 0
     assert run["lost_blocks"] == 0
@@ -135,7 +115,7 @@ def test_all_layers_narrowed_answer_by_the_rule_of_the_method(
     narrowed = write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS, ())
     prompts = job["prompts"][:3]  # the longest costs the reference most
     run = run_engine(
-        _engine(model_path, "FLUX", {"profile": narrowed}, 120),
+        small_engine(model_path, "FLUX", {"profile": narrowed}, 120),
         [job | {"prompts": prompts, "preempt_at": [30]}],
     )
     assert run["freed_blocks"][0] > 0
@@ -162,7 +142,7 @@ def test_what_was_generated_serves_no_later_prompt(
 ) -> None:
     prompt = job["prompts"][-1]
     generate = {"prompts": [prompt], "together": False, "max_tokens": 100}
-    engine = _engine(model_path, "FLUX", {"profile": profile}, 300)
+    engine = small_engine(model_path, "FLUX", {"profile": profile}, 300)
     both = prompt + run_engine(engine, [generate])["jobs"][0][0]["tokens"]
     later = {"prompts": [both], "together": False, "max_tokens": 1}
     (found,) = run_engine(engine, [generate, later])["jobs"][-1]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import run_engine
+from tests.e2e.engine import run_engine, small_engine, tokens_of
 from tests.moa_profile import FLOOR_TOKENS, SINK_TOKENS, write_profile, write_rules
 
 pytestmark = pytest.mark.e2e
@@ -29,26 +29,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "chunks-of-2048": ({"max_num_batched_tokens": 2048}, {}),
     "no-prefix-cache": ({"enable_prefix_caching": False}, {"preempt_at": [6]}),
 }
-
-
-def _engine(
-    model_path: str, backend: str | None, settings: dict[str, Any], kv_mib: int, **options: Any
-) -> dict[str, Any]:
-    ours = {"attention_backend": backend, "additional_config": {"vllm_ext": settings}}
-    return {
-        "model": model_path,
-        "dtype": "float32",
-        "max_model_len": 1600,
-        "kv_cache_memory_bytes": kv_mib << 20,
-        "enforce_eager": True,
-        "max_num_batched_tokens": 512,
-        **(ours if backend else {}),
-        **options,
-    }
-
-
-def _tokens(answers: list[dict[str, Any]]) -> list[list[int]]:
-    return [answer["tokens"] for answer in answers]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +48,7 @@ def kept(model_path: str, profile: str, some_prompts: list[list[int]]) -> list[d
     """The answers when nothing is freed and heads share their layer's table."""
     job = {"prompts": some_prompts, "together": True, "max_tokens": NEW_TOKENS}
     settings = {"profile": profile, "retention": "keep_all"}
-    run = run_engine(_engine(model_path, "MOA", settings, 400), [job])
+    run = run_engine(small_engine(model_path, "MOA", settings, 400), [job])
     assert run["freed_blocks"] == [0]
     answers: list[dict[str, Any]] = run["jobs"][0]
     return answers
@@ -86,10 +66,10 @@ def test_heads_that_free_answer_as_heads_that_keep(
 ) -> None:
     options, events = CASES[case]
     job = {"prompts": some_prompts, "together": True, "max_tokens": NEW_TOKENS}
-    engine = _engine(model_path, "MOA", {"profile": profile}, 80, **options)
+    engine = small_engine(model_path, "MOA", {"profile": profile}, 80, **options)
     run = run_engine(engine, [job | events, job])
     for answers in run["jobs"]:
-        assert _tokens(answers) == _tokens(kept)
+        assert tokens_of(answers) == tokens_of(kept)
         for got, expected in zip(answers, kept, strict=True):
             assert got["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-3)
     assert len(run["freed_blocks"]) == 3, "one KV group per class"
@@ -107,10 +87,10 @@ def test_heads_that_see_everything_are_stock_vllm(
     rules = write_rules(tmp_path / "rules.json", LAYERS, QUERY_HEADS)
     job = {"prompts": some_prompts, "together": True, "max_tokens": NEW_TOKENS}
     stock, ours = (
-        run_engine(_engine(model_path, backend, {"rules": rules}, 400), [job], env)
+        run_engine(small_engine(model_path, backend, {"rules": rules}, 400), [job], env)
         for backend, env in ((None, {"VLLM_EXT_DISABLE": "1"}), ("MOA", None))
     )
-    assert _tokens(ours["jobs"][0]) == _tokens(stock["jobs"][0])
+    assert tokens_of(ours["jobs"][0]) == tokens_of(stock["jobs"][0])
     assert {key.split("|")[0] for key in ours["rows"]} == {"MOA"}
 
 
@@ -122,7 +102,7 @@ def test_the_same_span_everywhere_is_sink_window(
     window = {"sink_tokens": SINK_TOKENS, "window_tokens": FLOOR_TOKENS}
     job = {"prompts": some_prompts, "together": True, "max_tokens": NEW_TOKENS}
     window_run, ours = (
-        run_engine(_engine(model_path, backend, settings, 400), [job])
+        run_engine(small_engine(model_path, backend, settings, 400), [job])
         for backend, settings in (("SINK_WINDOW", window), ("MOA", {"profile": profile}))
     )
     assert ours["jobs"] == window_run["jobs"]
@@ -137,10 +117,10 @@ def test_published_rules_are_served(
     rules = write_rules(tmp_path / "rules.json", LAYERS, QUERY_HEADS, (0, 0.5))
     job = {"prompts": some_prompts, "together": True, "max_tokens": NEW_TOKENS}
     runs = [
-        run_engine(_engine(model_path, "MOA", {"rules": rules} | settings, 400), [job])
+        run_engine(small_engine(model_path, "MOA", {"rules": rules} | settings, 400), [job])
         for settings in ({}, {"retention": "keep_all"})
     ]
-    evicting, keeping = (_tokens(run["jobs"][0]) for run in runs)
+    evicting, keeping = (tokens_of(run["jobs"][0]) for run in runs)
     assert evicting == keeping
     assert runs[0]["freed_blocks"][0] > 0
     assert runs[0]["lost_blocks"] == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import run_engine
+from tests.e2e.engine import run_engine, tokens_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -61,10 +61,6 @@ def _engine(model_path: str, settings: dict[str, Any], **options: Any) -> dict[s
         "additional_config": {"vllm_ext": settings},
         **options,
     }
-
-
-def _tokens(job: list[dict[str, Any]]) -> list[list[int]]:
-    return [answer["tokens"] for answer in job]
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +124,8 @@ def test_freeing_in_mixed_groups_changes_no_answer(
     together = _with_preset(job, together=True)
     # The second job finds all prompts in the prefix cache, where there is one.
     answer = run_engine(engine, [together, together])
-    expected = _tokens(kept["jobs"][0])
-    assert [_tokens(found) for found in answer["jobs"]] == [expected, expected]
+    expected = tokens_of(kept["jobs"][0])
+    assert [tokens_of(found) for found in answer["jobs"]] == [expected, expected]
     assert len(answer["freed_blocks"]) == 5
     assert sum(count > 0 for count in answer["freed_blocks"]) == 2
     # Five builders see every row, and one counts it.

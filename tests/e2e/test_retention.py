@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from attn_backends.profile import fingerprint
-from tests.e2e.engine import run_engine
+from tests.e2e.engine import run_engine, tokens_of
 
 pytestmark = pytest.mark.e2e
 
@@ -68,10 +68,6 @@ def _engine(model_path: str, retention: str, profile: str, **options: Any) -> di
     }
 
 
-def _tokens(job: list[dict[str, Any]]) -> list[list[int]]:
-    return [answer["tokens"] for answer in job]
-
-
 @pytest.fixture(scope="module", params=["all-layers", "layer-groups"])
 def kept(
     request: pytest.FixtureRequest, model_path: str, prompts: list[list[int]], profile: str
@@ -81,7 +77,7 @@ def kept(
     job = {"prompts": prompts, "together": False, "max_tokens": NEW_TOKENS}
     answer = run_engine(_engine(model_path, "keep_all", used), [job])
     assert answer["freed_blocks"] == [0] * len(answer["freed_blocks"])
-    return used, _tokens(answer["jobs"][0])
+    return used, tokens_of(answer["jobs"][0])
 
 
 @pytest.mark.slow
@@ -93,7 +89,7 @@ def test_eviction_frees_and_changes_nothing(
     job = {"prompts": prompts, "together": True, "max_tokens": NEW_TOKENS}
     # The second job finds sinks and tails of all prompts in the prefix cache.
     answer = run_engine(_engine(model_path, "evict", profile, **CASES[case]), [job, job])
-    assert [_tokens(found) for found in answer["jobs"]] == [expected, expected]
+    assert [tokens_of(found) for found in answer["jobs"]] == [expected, expected]
     groups = answer["freed_blocks"]
     assert len(groups) == (5 if profile else 1)
     assert sum(count > 0 for count in groups) == (4 if profile else 1)
@@ -113,5 +109,5 @@ def test_preemption_and_aborts_in_prefill_change_nothing(
     }
     engine = _engine(model_path, "evict", profile, max_num_batched_tokens=512)
     answer = run_engine(engine, [job])
-    assert _tokens(answer["jobs"][0]) == expected
+    assert tokens_of(answer["jobs"][0]) == expected
     assert sum(answer["freed_blocks"]) > 0

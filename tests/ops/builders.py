@@ -19,6 +19,7 @@ import torch
 from attn_backends.batch import BlockSelection, PagedBatch, SpanRule
 from attn_backends.ops.cache_write.api import implementations as cache_write_implementations
 from attn_backends.ops.dispatch import OpContext, OpImpl
+from attn_backends.ops.triton_support import Launch
 from kvcache.layout import KVOrder, PagedKVLayout, kv_views
 from kvcache.spans import BETA_UNIT, Span
 
@@ -341,3 +342,16 @@ def dense_attention(
         weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         out[tokens] = (weights @ values).transpose(0, 1)
     return out
+
+
+def launched_grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Filled with the grid of every launch from now on."""
+    grids: list[tuple[int, ...]] = []
+    start = Launch.start
+
+    def noted(launch: Launch, kernels: Any) -> None:
+        grids.append(launch.grid)
+        start(launch, kernels)
+
+    monkeypatch.setattr(Launch, "start", noted)
+    return grids

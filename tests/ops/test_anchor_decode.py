@@ -18,6 +18,7 @@ from tests.ops.builders import (
     cases_and_orders,
     dense_attention,
     device_of,
+    launched_grids,
     make_problem,
     single_row,
     sizes,
@@ -266,26 +267,13 @@ def test_padded_rows_without_tokens_give_zeros(impl: OpImpl, longest: int) -> No
     assert mass[0].isfinite().all()
 
 
-def _grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Filled with the grid of every launch from now on."""
-    grids: list[tuple[int, ...]] = []
-    start = triton_support.Launch.start
-
-    def noted(launch: triton_support.Launch, kernels: Any) -> None:
-        grids.append(launch.grid)
-        start(launch, kernels)
-
-    monkeypatch.setattr(triton_support.Launch, "start", noted)
-    return grids
-
-
 def test_a_batch_that_would_need_much_workspace_is_served_in_parts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     impl = next(impl for impl in implementations() if impl.name == "triton")
     problem = _decode_problem(impl, seq_lens=(300, 33, 1))
     out, mass = _run(impl, problem)
-    grids = _grids(monkeypatch)
+    grids = launched_grids(monkeypatch)
     monkeypatch.setattr(triton_support, "MAX_WORKSPACE_BYTES", 1)  # row by row
     part_out, part_mass = _run(impl, problem)
     assert_bitwise_equal(part_out, out)
@@ -298,7 +286,7 @@ def test_one_program_serves_several_splits_as_several_do(monkeypatch: pytest.Mon
     impl = next(impl for impl in implementations() if impl.name == "triton")
     problem = _decode_problem(impl, seq_lens=(600, 33, 1))
     out, mass = _run(impl, problem)
-    grids = _grids(monkeypatch)
+    grids = launched_grids(monkeypatch)
     monkeypatch.setattr(triton_support, "MAX_PROGRAMS", 1)
     few_out, few_mass = _run(impl, problem)
     assert grids[0][2] == 1

@@ -22,6 +22,7 @@ from tests.ops.builders import (
     device_of,
     full_selection,
     is_interpreted,
+    launched_grids,
     make_problem,
     make_rule,
     poison_hidden,
@@ -327,19 +328,6 @@ def test_padded_rows_without_blocks_give_zeros(
     assert out[0].isfinite().all()
 
 
-def _grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Filled with the grid of every launch from now on."""
-    grids: list[tuple[int, ...]] = []
-    start = triton_support.Launch.start
-
-    def noted(launch: triton_support.Launch, kernels: Any) -> None:
-        grids.append(launch.grid)
-        start(launch, kernels)
-
-    monkeypatch.setattr(triton_support.Launch, "start", noted)
-    return grids
-
-
 def test_a_batch_that_would_need_much_workspace_is_served_in_parts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -350,7 +338,7 @@ def test_a_batch_that_would_need_much_workspace_is_served_in_parts(
     )
     rule = make_rule(problem, Span(7, 33, -30, 24), per_head=True)
     whole = _run(impl, problem, selection, rule)
-    grids = _grids(monkeypatch)
+    grids = launched_grids(monkeypatch)
     monkeypatch.setattr(triton_support, "MAX_WORKSPACE_BYTES", 1)  # row by row
     assert_bitwise_equal(_run(impl, problem, selection, rule), whole)
     assert {grid[0] for grid in grids} == {1}
@@ -362,7 +350,7 @@ def test_one_program_serves_several_splits_as_several_do(monkeypatch: pytest.Mon
     problem = _decode_problem(impl, seq_lens=(600, 33, 1))
     selection = full_selection(problem)
     whole = _run(impl, problem, selection, None)
-    grids = _grids(monkeypatch)
+    grids = launched_grids(monkeypatch)
     monkeypatch.setattr(triton_support, "MAX_PROGRAMS", 1)
     assert_bitwise_equal(_run(impl, problem, selection, None), whole)
     assert grids[0][2] == 1

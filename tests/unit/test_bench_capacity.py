@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from attn_backends import sections
 from attn_backends.config import ConfigError
-from attn_backends.methods import REGISTRY, moa
+from attn_backends.methods import REGISTRY
 from attn_backends.profile import load_profile
 from tests.moa_profile import write_profile, write_rules
 from tests.toy_method import LINE, NAME
@@ -43,7 +44,7 @@ def test_the_arms_are_stock_and_what_frees_memory_of_the_checkpoint(
     assert freeing_arms(model, {"rules": rules}) == ["stock", "SINK_WINDOW", "MOA"]
     assert freeing_arms(model, {"retention": "keep_all", "rules": rules}) == ["stock"]
     shipped = load_profile(Path(write_profile(model / "shipped.json", 2, 3)))
-    monkeypatch.setattr(moa, "shipped_profile", lambda folder: shipped)
+    monkeypatch.setattr(sections, "shipped_profile", lambda folder: shipped)
     assert freeing_arms(model, {}) == ["stock", "SINK_WINDOW", "MOA"]
 
 
