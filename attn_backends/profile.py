@@ -53,6 +53,10 @@ MethodName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.(json|safetensors)$")]
 
 
+class NoSectionError(ConfigError):
+    """Nobody calibrated the method: no profile, or one that says nothing to it."""
+
+
 class ProfileSection(BaseModel):
     """What a profile says to one method; each method that reads profiles has its own kind.
 
@@ -137,10 +141,11 @@ class Profile(BaseModel):
             section_cls: its kind of section.
 
         Raises:
-            ConfigError: there is nothing for this method, or nothing valid; names the field.
+            NoSectionError: there is nothing for this method.
+            ConfigError: nothing valid; names the field.
         """
         if method not in self.methods:
-            raise ConfigError(
+            raise NoSectionError(
                 f"{self._named()} has nothing for {method} (it has: "
                 f"{', '.join(self.methods) or 'no method'}); make one with: {section_cls.made_by}"
             )

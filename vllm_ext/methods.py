@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attn_backends.config import ConfigError, known_settings, parse_config
+from attn_backends.config import known_settings, parse_config
 from attn_backends.method import Geometry
 from attn_backends.methods import REGISTRY, load_method
-from attn_backends.profile import read_model_config
-from kvcache.retention import SpanRetention
+from attn_backends.profile import NoSectionError, read_model_config
+from kvcache.retention import KeepAll
 
 __all__ = ["REGISTRY", "check_settings", "frees_memory", "own_settings"]
 
@@ -45,7 +45,7 @@ def own_settings(arm: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def frees_memory(method: str, settings: Mapping[str, Any], model: Path) -> bool:
     """Whether the method forgets a part of what this checkpoint caches; False, too, for one that
-    needs a profile where none fits the checkpoint.
+    needs a profile where nobody calibrated it.
 
     Args:
         method: a name of ``REGISTRY``.
@@ -53,19 +53,17 @@ def frees_memory(method: str, settings: Mapping[str, Any], model: Path) -> bool:
         model: folder with ``config.json``.
 
     Raises:
-        ConfigError: a bad setting.
+        ConfigError: a bad setting, a profile of another checkpoint's shape among them.
     """
     one = load_method(method)
     config = parse_config(one.config_cls, own_settings(method, settings), method)
     geometry = _geometry(model)
     try:
         schedule = one.schedule(config, geometry)
-    except ConfigError:
-        if one.needs_profile:
-            return False
-        raise
+    except NoSectionError:
+        return False
     entries = one.entries(config, schedule, geometry)
-    return any(isinstance(entry.policy, SpanRetention) for entry in entries)
+    return any(not isinstance(entry.policy, KeepAll) for entry in entries)
 
 
 def _geometry(model: Path) -> Geometry:

@@ -20,7 +20,6 @@ from pydantic import Field
 
 from attn_backends.answer_windows import AnswerWindowSelector, answer_entries
 from attn_backends.config import (
-    ConfigError,
     MethodConfig,
     SettingError,
     block_problem,
@@ -28,7 +27,7 @@ from attn_backends.config import (
 )
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
-from attn_backends.profile import ProfileSection, require_placed
+from attn_backends.profile import NoSectionError, ProfileSection, require_placed
 from attn_backends.sections import AUTO, chosen_section
 from kvcache.entries import KVEntry
 from kvcache.spans import Span
@@ -84,7 +83,7 @@ def _section(config: FluxConfig, geometry: Geometry) -> FluxSection:
     """
     section = chosen_section(config.profile, geometry, METHOD.name, FluxSection)
     if section is None:
-        raise ConfigError(
+        raise NoSectionError(
             "FLUX needs to know which layers read everything, and no profile with that is shipped "
             "for this model; write a FLUX section into one and name it (--profile FILE; "
             "docs/tuning.md)"

@@ -21,12 +21,12 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from attn_backends.config import ConfigError, MethodConfig, SettingError, one_of
+from attn_backends.config import MethodConfig, SettingError, one_of
 from attn_backends.head_classes import MAX_CLASSES, covered_in_classes, require_unpadded
 from attn_backends.method import Capabilities, Geometry, SparseMethod, keep_everything
 from attn_backends.moa_rules import load_rules
 from attn_backends.plan import LayerRole, LayerSchedule
-from attn_backends.profile import ProfileSection
+from attn_backends.profile import NoSectionError, ProfileSection
 from attn_backends.sections import AUTO, chosen_section
 from attn_backends.windows import WindowSelector, window_entries
 from kvcache.entries import KVEntry
@@ -122,7 +122,7 @@ def _spans(config: MoaConfig, geometry: Geometry) -> list[list[Span]]:
         return [flat[layer * size : (layer + 1) * size] for layer in range(geometry.num_layers)]
     section = chosen_section(config.profile, geometry, METHOD.name, HeadSpans)
     if section is None:
-        raise ConfigError(
+        raise NoSectionError(
             "MOA needs to know what each head sees, and no profile with that is shipped for this "
             f"model; make one with `{HeadSpans.made_by}` and name it (--profile FILE), or give a "
             "file of MoA's (--rules FILE)"

@@ -13,6 +13,7 @@ from attn_backends import sections
 from attn_backends.config import ConfigError
 from attn_backends.methods import REGISTRY
 from attn_backends.profile import load_profile
+from tests import flux_profile
 from tests.moa_profile import write_profile, write_rules
 from tests.toy_method import LINE, NAME
 from vllm_ext.bench.arms import freeing_arms
@@ -49,6 +50,14 @@ def test_the_arms_are_stock_and_what_frees_memory_of_the_checkpoint(
 
 
 def test_settings_say_what_is_freed(model: Path) -> None:
+    flux = flux_profile.write_profile(model / "flux.json", 2, 3, [0])
+    assert frees_memory("FLUX", {"profile": flux}, model)
+    assert not frees_memory("FLUX", {"profile": flux, "retention": "keep_all"}, model)
+    assert not frees_memory("MOA", {"profile": flux}, model)  # has nothing for it
+    other = flux_profile.write_profile(model / "other.json", 5, 3, [0])
+    for wrong in (other, str(model / "typo.json")):
+        with pytest.raises(ConfigError):
+            frees_memory("FLUX", {"profile": wrong}, model)
     everything = write_profile(model / "all.json", 2, 3, [[0, 64]])
     assert not frees_memory("MOA", {"profile": everything}, model)
     with pytest.raises(ConfigError, match="window_tokens"):

@@ -71,9 +71,10 @@ def require_long_enough(
     """
     shortest = min(len(ids) for ids in texts)
     if shortest < longest_tokens:
+        named = "the default corpus (Python's library)" if corpus is None else f"--corpus {corpus}"
         raise UserError(
-            f"--corpus {corpus} has {shortest} tokens, less than the {longest_tokens} "
-            "of the longest example; give a longer one, or fewer --context-tokens"
+            f"{named} has {shortest} tokens, less than the {longest_tokens} of the longest "
+            "example; give a longer --corpus, or fewer --context-tokens"
         )
 
 

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", default=DEFAULT)
     asked, rest = parser.parse_known_args(argv)
-    calibrator = CALIBRATORS.get(asked.method)
+    calibrator = CALIBRATORS.get(asked.method.lower())
     if calibrator is None:
         raise UserError(f"--method is {asked.method!r}; choose one of {', '.join(CALIBRATORS)}")
     return calibrator(rest)

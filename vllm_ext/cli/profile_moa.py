@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "--density",
         type=float,
         metavar="SHARE",
-        help="of its tokens that a head keeps, on average over heads (%(default)s)",
+        help="of the longest prompt's tokens that the heads keep, on average (%(default)s)",
     )
     for setting, text in (
         ("context-tokens", "longest prompt; validated at twice that"),
