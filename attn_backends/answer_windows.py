@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from attn_backends.batch import BlockSelection, RowCuts, SpanRule
+from attn_backends.batch import BlockSelection, RowCuts, SpanRule, copy_without_waiting
+from attn_backends.gaps import GappedRows
 from attn_backends.method import Geometry, StepRows
 from attn_backends.plan import (
     DENSE_LAYER,
@@ -58,10 +59,10 @@ class AnswerWindowSelector:
             raise ValueError("layers that narrow answers need one window, the same for all")
         self._dense = dict.fromkeys(schedule.of_role(LayerRole.DENSE), DENSE_LAYER)
         self._windowed = schedule.of_role(LayerRole.WINDOW)
-        self._block_size, heads = geometry.block_size, geometry.num_kv_heads
-        self._sink_blocks = -(-span.sink_tokens // self._block_size)
-        rows, width = geometry.max_num_reqs, -(-geometry.max_model_len // self._block_size)
-        self._steps = torch.arange(width, dtype=torch.int32, device=device)
+        block_size, heads = geometry.block_size, geometry.num_kv_heads
+        sink_blocks = torch.tensor(-(-span.sink_tokens // block_size), dtype=torch.int32)
+        rows, width = geometry.max_num_reqs, -(-geometry.max_model_len // block_size)
+        self._gapped = GappedRows(sink_blocks.to(device), block_size, width, device)
         self._selection = BlockSelection.empty((rows, heads, width), device)
         self._dense_until = torch.zeros(rows, dtype=torch.int32, device=device)
         # A prefill row may have two parts.
@@ -90,9 +91,7 @@ class AnswerWindowSelector:
             cuts = self._cuts(parts)
             whole = [part.sees_everything for part in parts]
             rules[num_decodes:] = torch.where(
-                torch.tensor(whole, device=rules.device)[:, None, None],
-                self._everything,
-                self._narrow,
+                self._on_device(whole, torch.bool)[:, None, None], self._everything, self._narrow
             )
         narrowed = LayerPlan(
             Selected(self._selection.rows(0, num_decodes)),
@@ -109,34 +108,30 @@ class AnswerWindowSelector:
             ``[num_decodes]`` bool: whether each reads everything.
         """
         limits = self._dense_until[: len(seq_lens)]
-        on_host = torch.tensor(dense_until, dtype=torch.int32)
-        if limits.is_cuda and dense_until:
-            on_host = on_host.pin_memory()
-        limits.copy_(on_host, non_blocking=True)
+        copy_without_waiting(torch.tensor(dense_until, dtype=torch.int32), limits)
         sees_everything = seq_lens <= limits
         first_seen = (seq_lens - self._span.floor_tokens).clamp_min(0)
-        gap = (first_seen // self._block_size - self._sink_blocks).clamp_min(0)
-        gap = gap.masked_fill(sees_everything, 0)
-        num_blocks = (seq_lens + self._block_size - 1) // self._block_size
-        num_read = (num_blocks - gap)[:, None]
-        is_sink = self._steps < self._sink_blocks
-        logical = self._steps + gap[:, None].masked_fill(is_sink, 0)
-        logical.masked_fill_(self._steps >= num_read, -1)
+        first_seen.masked_fill_(sees_everything, 0)
+        logical, counts = self._gapped.blocks(seq_lens, first_seen)
         selection = self._selection.rows(0, len(seq_lens))
         selection.logical_blocks.copy_(logical[:, None])
-        selection.counts.copy_(num_read)
+        selection.counts.copy_(counts[:, None])
         return sees_everything
 
     def _cuts(self, parts: Sequence[_Part]) -> RowCuts:
-        device = self._rules.device
         starts = [0]
         for part in parts:
             starts.append(starts[-1] + len(part.queries))
         return RowCuts(
-            torch.tensor([part.row for part in parts], device=device),
-            torch.tensor(starts, dtype=torch.int32, device=device),
-            torch.tensor([part.queries.stop for part in parts], dtype=torch.int32, device=device),
+            self._on_device([part.row for part in parts], torch.int64),
+            self._on_device(starts, torch.int32),
+            self._on_device([part.queries.stop for part in parts], torch.int32),
         )
+
+    def _on_device(self, values: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        into = torch.empty(len(values), dtype=dtype, device=self._rules.device)
+        copy_without_waiting(torch.tensor(values, dtype=dtype), into)
+        return into
 
     def _reasons(self, rows: StepRows, dense_until: Sequence[int]) -> list[RowReason]:
         if rows.seq_lens_cpu is None:

@@ -153,3 +153,10 @@ class BlockSelection:
         """The selection of rows ``[first, last)``; views."""
         blocks, counts = self.logical_blocks[first:last], self.counts[first:last]
         return replace(self, logical_blocks=blocks, counts=counts)
+
+
+def copy_without_waiting(values: torch.Tensor, into: torch.Tensor) -> None:
+    """Whatever device either is on; torch keeps pinned memory until it has been read."""
+    if into.is_cuda and not values.is_cuda and len(values):
+        values = values.pin_memory()
+    into.copy_(values, non_blocking=True)

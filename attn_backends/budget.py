@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from attn_backends.batch import BlockSelection, RowOptions
+from attn_backends.batch import BlockSelection, RowOptions, copy_without_waiting
 from attn_backends.budget_config import BudgetConfig
 from attn_backends.method import Geometry, StepRows
 from attn_backends.plan import (
@@ -165,8 +165,8 @@ class BudgetSelector:
         own_budgets, scored_lens = self._budgets[:num_rows], self._scored_lens[:num_rows]
         most_scored = torch.full_like(budgets, torch.iinfo(budgets.dtype).max)
         most_scored.masked_fill_(keeps_all, 1)
-        _copy_without_waiting(budgets, own_budgets)
-        _copy_without_waiting(most_scored, scored_lens)
+        copy_without_waiting(budgets, own_budgets)
+        copy_without_waiting(most_scored, scored_lens)
         torch.minimum(scored_lens, rows.seq_lens, out=scored_lens)
         return AnchorState(
             self._mass[:num_rows],
@@ -237,13 +237,6 @@ class BudgetSelector:
             return RowReason.GUARD_RAISED if asked.is_guarded else RowReason.SELECTED
         # Not dense while some layer reads its window only.
         return RowReason.WINDOW_LAYERS if self._windows.hide_something(seq_len) else reason
-
-
-def _copy_without_waiting(values: torch.Tensor, into: torch.Tensor) -> None:
-    """Whatever device either is on; torch keeps pinned memory until it has been read."""
-    if into.is_cuda and not values.is_cuda and len(values):
-        values = values.pin_memory()
-    into.copy_(values, non_blocking=True)
 
 
 def prompts_cached(

@@ -118,9 +118,7 @@ class LayerStep:
             tokens = slice(num_decodes, num_decodes + prefill.num_tokens)
             if self.plan.witness is not None:
                 self.plan.witness(query[tokens], self.views[0], prefill)
-            rule = None if self.plan.is_prefill_plain else self.plan.rule
-            if rule is not None:
-                rule = rule.rows(num_decodes, num_decodes + prefill.num_reqs)
+            rule = self.plan.prefill_rule(num_decodes, prefill.num_reqs)
             self.ops.paged_attention.run(
                 query[tokens], *self.views, prefill, rule, self.scale, out[tokens]
             )

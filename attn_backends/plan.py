@@ -232,6 +232,12 @@ class LayerPlan:
     witness: PrefillWitness | None = None
     is_prefill_plain: bool = False
 
+    def prefill_rule(self, num_decodes: int, num_prefills: int) -> SpanRule | None:
+        """The rule of a step's prefill rows, which stand behind its decode rows."""
+        if self.rule is None or self.is_prefill_plain:
+            return None
+        return self.rule.rows(num_decodes, num_decodes + num_prefills)
+
 
 DENSE_LAYER = LayerPlan(Dense())
 

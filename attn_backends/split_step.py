@@ -80,9 +80,7 @@ class SplitLayerStep:
             self._decode(self.rows.decode, num_decodes, query[:num_decodes], out[:num_decodes])
         if prefill is not None and self.rows.prefill is not None:
             tokens = slice(num_decodes, num_decodes + prefill.num_tokens)
-            rule = None if self.step.plan.is_prefill_plain else self.step.plan.rule
-            if rule is not None:
-                rule = rule.rows(num_decodes, num_decodes + prefill.num_reqs)
+            rule = self.step.plan.prefill_rule(num_decodes, prefill.num_reqs)
             self._prefill(self.rows.prefill, rule, query[tokens], out[tokens])
 
     def _decode(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from attn_backends.batch import BlockSelection, SpanRule
+from attn_backends.gaps import GappedRows
 from attn_backends.method import Geometry, StepRows
 from attn_backends.plan import (
     DENSE_LAYER,
@@ -37,17 +38,15 @@ class WindowLayers:
         kinds = list(dict.fromkeys(schedule.spans.values()))
         self._kind_of = {layer: kinds.index(spans) for layer, spans in schedule.spans.items()}
         self._narrowing = {span for spans in kinds for span in spans}
-        self._block_size = block_size = geometry.block_size
+        self._block_size = geometry.block_size
         self._rules = [SpanRule.of(spans, geometry.max_num_reqs, device) for spans in kinds]
         shape = (len(kinds), geometry.max_num_reqs, geometry.num_kv_heads)
         # [kinds, 1, num_kv_heads] each
         rules = [SpanRule.of(spans, 1, torch.device("cpu")).values for spans in kinds]
         values = torch.stack(rules) if rules else torch.zeros(0, 1, 1, 4, dtype=torch.int32)
         sinks, self._floor, self._alpha, self._beta = values.to(device).unbind(3)
-        self._sink_blocks = -(-sinks // block_size)
-        width = self._width(geometry)
-        self._steps = torch.arange(width, dtype=torch.int32, device=device)
-        self._is_sink = self._steps < self._sink_blocks[..., None]
+        width, block_size = self._width(geometry), geometry.block_size
+        self._gapped = GappedRows(-(-sinks // block_size), block_size, width, device)
         self._blocks = torch.full((*shape, width), -1, dtype=torch.int32, device=device)
         self._counts = torch.zeros(shape, dtype=torch.int32, device=device)
 
@@ -68,13 +67,11 @@ class WindowLayers:
         seq_lens = rows.seq_lens[:, None]
         elastic = self._alpha + self._beta * seq_lens // BETA_UNIT
         first_seen = (seq_lens - torch.maximum(self._floor, elastic)).clamp_min(0)
-        # Blocks that lie between sinks and window; 0 where the two touch or overlap.
-        gap = (first_seen // self._block_size - self._sink_blocks).clamp_min(0)
-        num_blocks = (seq_lens + self._block_size - 1) // self._block_size
         counts, blocks = self._counts[:, : len(seq_lens)], self._blocks[:, : len(seq_lens)]
-        counts.copy_(num_blocks - gap)
-        logical = self._steps + gap[..., None].masked_fill(self._is_sink, 0)
-        blocks.copy_(logical.masked_fill_(self._steps >= counts[..., None], -1))
+        for buffer, found in zip(
+            (blocks, counts), self._gapped.blocks(seq_lens, first_seen), strict=True
+        ):
+            buffer.copy_(found)
         plans = [
             LayerPlan(Selected(BlockSelection(*selected)), rule.rows(0, rows.num_rows))
             for *selected, rule in zip(blocks, counts, self._rules, strict=True)

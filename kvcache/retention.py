@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from kvcache.spans import Span
@@ -161,7 +162,12 @@ class AfterPrompt:
         """
         if num_computed_tokens < prompt_tokens:
             return BlockRange(0, 0)
-        return SpanRetention(self.span).evictable(num_computed_tokens, block_size)
+        return self.behind.evictable(num_computed_tokens, block_size)
+
+    @cached_property
+    def behind(self) -> SpanRetention:
+        """What holds behind the prompt."""
+        return SpanRetention(self.span, self.caches_generated)
 
 
 def _cached(caches_generated: bool) -> str:

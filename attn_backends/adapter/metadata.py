@@ -204,8 +204,9 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             return NO_LAYERS
         lengths = common.seq_lens_cpu_upper_bound  # exact without speculative decoding
         queries: list[range] = []
-        if self._planner.follows_prompts and lengths is not None:
-            queries = query_positions(common.query_start_loc_cpu, lengths)[rows.num_decodes :]
+        first = rows.num_decodes
+        if self._planner.follows_prompts and lengths is not None and first < common.num_reqs:
+            queries = query_positions(common.query_start_loc_cpu[first:], lengths[first:])
         return self._planner.plan(
             self,
             common.seq_lens[: rows.num_decodes],

@@ -94,11 +94,11 @@ class StepPlanner:
         """
         if not self._served or id(builder) in self._served:
             self._served.clear()
-            ids = BOOK.ids_of_rows(len(seq_lens), places)
+            ids = BOOK.ids_of_rows(num_rows if self.follows_prompts else len(seq_lens), places)
             dense_until: Sequence[int | None] = ()
             if self.follows_prompts:
-                all_ids = BOOK.ids_of_rows(num_rows, places)
-                dense_until = BOOK.dense_until(all_ids, num_rows)
+                dense_until = BOOK.dense_until(ids, num_rows)
+                ids = ids[: len(seq_lens)]
             self._plan = self.selector.plan(
                 StepRows(
                     seq_lens,

@@ -19,6 +19,7 @@ from attn_backends.batch import RowOptions
 from attn_backends.budget_config import PRESETS
 from attn_backends.method import SparseMethod
 from attn_backends.methods import methods_where
+from kvcache.adapter.managers import asks_for_everything
 from kvcache.spans import EVERYTHING_TOKENS
 
 if TYPE_CHECKING:
@@ -118,9 +119,9 @@ def _is_beam_step(params: Any) -> bool:
     )
 
 
-def _dense_until(request: NewRequestData, extra_args: Mapping[str, Any]) -> int:
+def _dense_until(request: NewRequestData, extra_args: Mapping[str, Any] | None) -> int:
     """From where on a request's spans hold; as the KV manager has it, which frees by that."""
-    if extra_args.get("sparse") == "off":
+    if asks_for_everything(extra_args):
         return EVERYTHING_TOKENS
     return length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
 
@@ -179,7 +180,7 @@ class RequestBook:
             extra_args = params.extra_args if params is not None else None
             self._num_beam_steps += _is_beam_step(params)
             if self._dense_until is not None and request.req_id not in self._dense_until:
-                self._dense_until[request.req_id] = _dense_until(request, extra_args or {})
+                self._dense_until[request.req_id] = _dense_until(request, extra_args)
             if extra_args and any(key in extra_args for key in KEYS):
                 self._by_id[request.req_id] = _options_of(extra_args, self.presets)
             else:
@@ -203,9 +204,15 @@ class RequestBook:
         Args:
             ids: of the first rows.
             num_rows: of the batch; the others are nobody's.
+
+        Raises:
+            RuntimeError: a request that never came: what it may read is not known, and not all of
+                it may be there.
         """
         known = self._dense_until or {}
-        limits = [None if name is None else known.get(name) for name in ids[:num_rows]]
+        if unknown := {*ids[:num_rows]} - {*known, None}:
+            raise RuntimeError(f"nobody said where the prompts of {sorted(map(str, unknown))} end")
+        limits = [None if name is None else known[name] for name in ids[:num_rows]]
         return limits + [None] * (num_rows - len(limits))
 
     def ended_requests(self) -> EndedRequests:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
 from kvcache.adapter.specs import AfterPromptSpec, SpanSpec
-from kvcache.retention import SpanRetention
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -81,6 +80,5 @@ def _read_blocks(spec: KVCacheSpec, num_tokens: int, in_flight_tokens: int) -> i
 def _decode_blocks(spec: KVCacheSpec, num_tokens: int, in_flight_tokens: int) -> int:
     """Held behind the prompt."""
     if isinstance(spec, AfterPromptSpec):
-        kept = SpanRetention(spec.policy.span)
-        return kept.held_blocks(num_tokens, in_flight_tokens, spec.block_size)
+        return spec.policy.behind.held_blocks(num_tokens, in_flight_tokens, spec.block_size)
     return _read_blocks(spec, num_tokens, in_flight_tokens)

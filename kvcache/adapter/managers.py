@@ -9,7 +9,7 @@ requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -189,7 +189,7 @@ class AfterPromptManager(FreeingManager, FullAttentionManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """vLLM's; up to the end of the prompt."""
-        if self._wants_all.setdefault(request, wants_everything(request)):
+        if self._wants_all.setdefault(request, asks_for_everything(_extra_args(request))):
             self._whole.add(request.request_id)
         num_tokens = self._prompt_ends.cacheable_tokens(request, num_tokens)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
@@ -218,11 +218,15 @@ class AfterPromptManager(FreeingManager, FullAttentionManager):
         )
 
 
-def wants_everything(request: Request) -> bool:
-    """Whether a request asks to read all of its context in every layer."""
-    params = request.sampling_params
-    extra_args = None if params is None else params.extra_args
+def asks_for_everything(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request's arguments ask to read all of its context in every layer. Managers free by
+    it, and workers read by it.
+    """
     return extra_args is not None and extra_args.get("sparse") == "off"
+
+
+def _extra_args(request: Request) -> Mapping[str, Any] | None:
+    return None if request.sampling_params is None else request.sampling_params.extra_args
 
 
 def register() -> None:

@@ -31,7 +31,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, StreamingUpdate
 
 from kvcache.adapter.freeing import FreeingManager
-from kvcache.adapter.managers import register
+from kvcache.adapter.managers import asks_for_everything, register
 from kvcache.adapter.specs import policies_of_groups, with_policies
 from kvcache.grouping import check_groups
 from kvcache.retention import AfterPrompt, RetentionPolicy, SpanRetention
@@ -97,9 +97,11 @@ class Life:
     under_way: deque[int] = field(default_factory=deque)  # tokens of steps that have not ended
     prefixes: list[int] = field(default_factory=lambda: [0])  # by length: what its tokens are
     prompt_end: int = 0  # of its first chunk: what its own queries are behind
+    wants_all: bool = False  # asked for in its first chunk: nothing of it is freed
 
     def __post_init__(self) -> None:
         self.prompt_end = self.request.num_prompt_tokens
+        self.wants_all = asks_for_everything(self.request.sampling_params.extra_args)
 
     def prefix(self, num_tokens: int) -> int:
         """Names the first tokens: equal for requests that begin with the same ones."""
@@ -152,7 +154,12 @@ class World:
         if self.lives and self.source.random() < 0.3:
             known = list(self.source.choice(self.lives).request.all_token_ids)[: 3 * quarter]
         own = self.source.choices(range(100, 103), k=self.source.randrange(1, quarter))
-        self.request(known + own)
+        self.request(known + own, self._options())
+
+    def _options(self) -> dict[str, Any] | None:
+        """Now and then everything; only a prefix cache shows managers who asks for it."""
+        asks = self.manager.enable_caching and self.source.random() < 0.2
+        return {"sparse": "off"} if asks else None
 
     def step(self, life: Life) -> None:
         """One scheduled chunk or decode step; preempts others when the pool is full."""
@@ -213,7 +220,7 @@ class World:
         if life.request.num_tokens + len(own) > self.scale.max_len:
             return
         scheduler: Any = SimpleNamespace(hash_block_size=self.scale.block, log_stats=False)
-        params = life.request.sampling_params
+        params = SamplingParams(max_tokens=50, extra_args=self._options())  # void by now
         update = StreamingUpdate(
             mm_features=None,
             prompt_token_ids=own,
@@ -298,7 +305,7 @@ class World:
         policy, seen_from, sinks = self.policies[group], 0, 0
         if isinstance(policy, SpanRetention):
             seen_from, sinks = _first_seen(policy.span, position), policy.span.sink_tokens
-        if isinstance(policy, AfterPrompt) and position >= life.prompt_end:
+        if isinstance(policy, AfterPrompt) and position >= life.prompt_end and not life.wants_all:
             seen_from, sinks = _first_seen(policy.span, position), policy.span.sink_tokens
         for index, block in enumerate(blocks):
             first = index * self.scale.block

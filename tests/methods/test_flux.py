@@ -141,7 +141,8 @@ def test_rows_of_a_batch_are_cut_each_where_its_prompt_ends() -> None:
     lengths = torch.tensor([300], dtype=torch.int32)
     queries = [range(0, 50), range(90, 110), range(120, 130)]
     rows = StepRows(lengths, lengths, 4, dense_until=[10, 80, 100, 7], prefill_queries=queries)
-    plan = _selector().plan(rows)
+    selector = _selector()
+    plan = selector.plan(rows)
     assert plan.cuts is not None
     assert plan.cuts.rows.tolist() == [0, 1, 1, 2]
     assert plan.cuts.query_start_loc.tolist() == [0, 50, 60, 70, 80]
@@ -151,11 +152,15 @@ def test_rows_of_a_batch_are_cut_each_where_its_prompt_ends() -> None:
     everything = [0, EVERYTHING_TOKENS, 0, 0]
     assert rule.values[:, 1].tolist() == [narrow, everything, everything, narrow, narrow]
     # Where no part is narrowed, prefill has no rule, and a later step no trace of one.
-    plan = _selector().plan(
+    plan = selector.plan(
         StepRows(lengths, lengths, 2, dense_until=[10, 60], prefill_queries=[range(0, 60)])
     )
     assert plan.cuts is None
     assert plan.layers[1].is_prefill_plain
+    assert plan.layers[1].prefill_rule(1, 1) is None
+    again = selector.plan(rows).layers[1].rule
+    assert again is not None
+    assert again.values[:, 1].tolist() == [narrow, everything, everything, narrow, narrow]
 
 
 def test_reasons_name_requests_that_ask_for_everything() -> None:

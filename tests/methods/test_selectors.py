@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_backends.batch import BlockSelection
-from attn_backends.config import MethodConfig
+from attn_backends.config import MethodConfig, parse_config
 from attn_backends.method import Geometry, Selector, SparseMethod
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
@@ -18,6 +20,7 @@ from attn_backends.plan import LayerRole, LayerSchedule, Selected
 from attn_backends.windows import WindowSelector
 from kvcache.spans import Span
 from tests.batches import labels, step_rows
+from tests.profiles import write_profile
 
 CPU = torch.device("cpu")
 
@@ -134,11 +137,14 @@ def test_rules_cover_prefill_rows_too() -> None:
     assert rule.values.tolist() == [[[32, 256, 0, 0], [0, 64, 0, 0]]] * 3
 
 
-@pytest.mark.parametrize("name", [n for n in REGISTRY if not load_method(n).needs_profile])
-def test_what_is_computed_from_sparse_rows_serves_no_later_prompt(name: str) -> None:
+@pytest.mark.parametrize("name", REGISTRY)
+def test_what_is_computed_from_sparse_rows_serves_no_later_prompt(
+    name: str, tmp_path: Path
+) -> None:
     """Where prefill reads everything that decode leaves out."""
     method, geometry = load_method(name), Geometry(6, 2, 4, 32, 32, 8, 2048)
-    config = method.config_cls()
+    profile = write_profile(tmp_path / "profile.json") if method.needs_profile else None
+    config = parse_config(method.config_cls, {"profile": profile} if profile else {}, name)
     schedule = method.schedule(config, geometry)
     policies = [entry.policy for entry in method.entries(config, schedule, geometry)]
     assert policies
