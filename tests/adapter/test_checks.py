@@ -185,7 +185,7 @@ def test_heads_with_caches_of_their_own_are_refused_where_they_were_not_tried(
         selection._check_entries(method, engine, device_type)
 
 
-def test_routed_layers_are_refused_with_tensor_parallelism(
+def test_layers_that_read_prompts_whole_are_refused_with_tensor_parallelism(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("vllm")

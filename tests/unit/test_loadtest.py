@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from attn_backends.method import Purpose
-from attn_backends.methods import REGISTRY, load_method
 from deploy.loadtest import __main__ as command
 from deploy.loadtest import client, crossover, endpoint, grid, report
 from deploy.loadtest.run import tokenizer_of
@@ -293,12 +291,8 @@ def test_running_arms_keep_their_order_and_may_have_metrics_elsewhere() -> None:
 def test_started_arms_are_stock_and_every_method_but_bounds_and_those_that_need_a_profile() -> None:
     args = _parse("--start", "--budget-tokens", "256", "--no-strict")
     arms = {arm.name: arm for arm in command.started_arms(args, [_cell()])}
-    methods = {name: load_method(name) for name in REGISTRY}
-    left_out = {
-        n for n, one in methods.items() if one.purpose is Purpose.BOUND or one.needs_profile
-    }
-    assert {*arms} == {"stock", *REGISTRY} - left_out
-    assert {"TIDAL_DECODE", "SINK_WINDOW", "SPARSE_FULL"} <= {*arms}
+    assert {"stock", "TIDAL_DECODE", "SINK_WINDOW", "SPARSE_FULL"} <= {*arms}
+    assert not {"ORACLE_TOPK", "MOA", "FLUX"} & {*arms}
     assert next(iter(arms)) == "stock"  # the report compares with it
     words = " ".join(arms["TIDAL_DECODE"].serve_words or ())
     assert "--attention-backend TIDAL_DECODE" in words

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_ext.calibration.routing_fit import (
+from scripts.flux_offline.routing_fit import (
     fit_logistic,
     fit_router,
     greedy_order,
@@ -14,7 +14,7 @@ from vllm_ext.calibration.routing_fit import (
     prefix_masks,
     threshold_for,
 )
-from vllm_ext.calibration.routing_report import Variants, combined_policy
+from scripts.flux_offline.routing_report import Variants, combined_policy
 
 
 @pytest.mark.parametrize("num_features", [3, 60])

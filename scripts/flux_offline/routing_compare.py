@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from vllm_ext.calibration.routed_prompts import KINDS
-from vllm_ext.calibration.routing_fit import (
+from scripts.flux_offline.routed_prompts import KINDS
+from scripts.flux_offline.routing_fit import (
     fit_router,
     nested_depths,
     oracle_depths,
     threshold_for,
 )
-from vllm_ext.calibration.routing_report import (
+from scripts.flux_offline.routing_report import (
     HEADER,
     Outcome,
     Policy,

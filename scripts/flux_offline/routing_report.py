@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_ext.calibration.routed_prompts import KINDS
-from vllm_ext.calibration.routing_fit import interval, nested_depths, threshold_for
+from scripts.flux_offline.routed_prompts import KINDS
+from scripts.flux_offline.routing_fit import interval, nested_depths, threshold_for
 
 
 @dataclass(frozen=True)

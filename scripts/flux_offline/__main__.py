@@ -1,6 +1,6 @@
 """Does a router per request beat the best layers for all requests? FLUX's question, offline.
 
-``python scripts/flux_offline.py MODEL --output FILE.npz --device cuda`` measures prompts under many
+``python -m scripts.flux_offline MODEL --output FILE.npz --device cuda`` measures prompts under many
 routes, fits routers on one set of them, and prints how they and their rivals do on another set at
 equal shares of full layers. FILE.npz has whatever a later fit needs.
 """
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from kvcache.spans import Span
+from scripts.flux_offline.routed import RoutedModel
+from scripts.flux_offline.routed_prompts import RoutedPrompt, make_prompts
+from scripts.flux_offline.routing_compare import SHARES, Comparison
+from scripts.flux_offline.routing_fit import greedy_order, prefix_masks
+from scripts.flux_offline.routing_study import Study
 from vllm_ext.calibration.data import corpora
-from vllm_ext.calibration.routed import RoutedModel
-from vllm_ext.calibration.routed_prompts import RoutedPrompt, make_prompts
-from vllm_ext.calibration.routing_compare import SHARES, Comparison
-from vllm_ext.calibration.routing_fit import greedy_order, prefix_masks
-from vllm_ext.calibration.routing_study import Study
 from vllm_ext.evaluation.prompts import needle_prompts, text_prompts
 
 STARTED = time.monotonic()
@@ -63,6 +63,8 @@ class Experiment:
         orders = {"forward": forward}
         if self._has_time(0.55):
             orders["backward"] = self._order(is_forward=False)
+        else:
+            self._echo("no backward order: --seconds are more than half over")
         size = self._layers // 5
         groups = [forward[size * place : size * (place + 1)] for place in range(5)]
         self._arrays["groups"] = np.array(groups)
@@ -82,6 +84,8 @@ class Experiment:
             chance = np.random.default_rng(5)
             shares = chance.uniform(0.1, 0.8, (NUM_RANDOM, 1))
             self._add({"random": chance.random((NUM_RANDOM, self._layers)) < shares})
+        else:
+            self._echo("no random routes: --seconds are nearly over")
         self._echo("done")
 
     def _read_prompts(self) -> None:
