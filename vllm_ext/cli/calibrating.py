@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,29 @@ class Bars:
         if self._bar is not None:
             self._bar.close()
         self._bar, self._title = None, ""
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, settings_cls: type, helps: Mapping[str, str]
+) -> None:
+    """A flag for each of these numbers, and the corpus; every default is the settings'.
+
+    Args:
+        parser: of a calibrating command.
+        settings_cls: a dataclass.
+        helps: by flag, without dashes.
+    """
+    for flag, text in helps.items():
+        parser.add_argument(f"--{flag}", type=int, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--corpus", type=Path, help="calibration text (default: Python's library)")
+    known = (field for field in fields(settings_cls) if field.default is not MISSING)
+    parser.set_defaults(**{field.name: field.default for field in known})
+
+
+def stay_offline() -> None:
+    """transformers asks nobody, and prints errors alone."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def require_files(model: Path, corpus: Path | None) -> None:

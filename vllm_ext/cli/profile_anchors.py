@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -16,10 +15,12 @@ from vllm_ext.calibration.anchors import FORCED_TOKENS, AnchorSettings, calibrat
 from vllm_ext.calibration.state import SavedState
 from vllm_ext.cli.calibrating import (
     Bars,
+    add_settings,
     earlier_profile,
     joined,
     require_files,
     require_least,
+    stay_offline,
     write_profile,
 )
 from vllm_ext.errors import UserError
@@ -41,25 +42,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PROFILE",
         help="judge profiles on the prompts of --seed, one line each",
     )
-    for setting, text in (
-        ("anchors", "anchor layers"),
-        ("budget-tokens", "calibrated for"),
-        ("block-size", "tokens per KV block"),
-        ("context-tokens", "longest prompt"),
-        ("examples", "prompts of each kind"),
-        ("verifications", "end-to-end trials"),
-        ("drop", "drop the N layers of least effect"),
-        ("seed", "for the choice of prompts"),
-    ):
-        parser.add_argument(f"--{setting}", type=int, metavar="N", help=f"{text} (%(default)s)")
     parser.add_argument(
         "--window-instead",
         action="store_true",
         help="give the layers of --drop a window instead, and keep the others full (SINK_WINDOW)",
     )
-    parser.add_argument("--corpus", type=Path, help="calibration text (default: Python's library)")
-    settings = (field for field in fields(AnchorSettings) if field.default is not MISSING)
-    parser.set_defaults(**{field.name: field.default for field in settings})
+    helps = {
+        "anchors": "anchor layers",
+        "budget-tokens": "calibrated for",
+        "block-size": "tokens per KV block",
+        "context-tokens": "longest prompt",
+        "examples": "prompts of each kind",
+        "verifications": "end-to-end trials",
+        "drop": "drop the N layers of least effect",
+        "seed": "for the choice of prompts",
+    }
+    add_settings(parser, AnchorSettings, helps)
     return parser
 
 
@@ -92,8 +90,7 @@ def main(argv: list[str]) -> int:
     """
     args = _parser().parse_args(argv)
     settings = _checked(args)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    stay_offline()
     bars = Bars()
     if args.check is not None:
         for path, verdict in check(settings, args.check, bars.show):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 from attn_backends.methods.moa import METHOD as MOA
@@ -15,10 +14,12 @@ from vllm_ext.calibration.elastic import Calibration, ElasticSettings
 from vllm_ext.calibration.state import SavedState
 from vllm_ext.cli.calibrating import (
     Bars,
+    add_settings,
     earlier_profile,
     joined,
     require_files,
     require_least,
+    stay_offline,
     write_profile,
 )
 from vllm_ext.errors import UserError
@@ -44,17 +45,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the longest prompt's tokens that the heads keep, on average (%(default)s)",
     )
-    for setting, text in (
-        ("context-tokens", "longest prompt; validated at twice that"),
-        ("examples", "prompts of each kind and length"),
-        ("sink-tokens", "first tokens that every head sees"),
-        ("floor-tokens", "least tokens before it that a query sees"),
-        ("seed", "for the choice of prompts"),
-    ):
-        parser.add_argument(f"--{setting}", type=int, metavar="N", help=f"{text} (%(default)s)")
-    parser.add_argument("--corpus", type=Path, help="calibration text (default: Python's library)")
-    settings = (field for field in fields(ElasticSettings) if field.default is not MISSING)
-    parser.set_defaults(**{field.name: field.default for field in settings})
+    helps = {
+        "context-tokens": "longest prompt; validated at twice that",
+        "examples": "prompts of each kind and length",
+        "sink-tokens": "first tokens that every head sees",
+        "floor-tokens": "least tokens before it that a query sees",
+        "seed": "for the choice of prompts",
+    }
+    add_settings(parser, ElasticSettings, helps)
     return parser
 
 
@@ -83,8 +81,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     settings = _checked(args)
     earlier = earlier_profile(args.output, fingerprint(settings.model))
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    stay_offline()
     bars, started = Bars(), time.monotonic()
     state = SavedState(args.output.with_suffix(".moa.state.json"), settings.key())
     if len(state):
