@@ -8,6 +8,7 @@ flight, the others decode, and hold what their spans show.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from kvcache.adapter.specs import AfterPromptSpec, SpanSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Concurrency:
     Attributes:
         request_tokens: prompt and answer of each.
         held: how many fit, under what is freed.
-        dense: how many would if nothing were freed.
+        dense: how many would if nothing were freed, and groups were not padded.
         chunk_tokens: of prompts, in flight at most; all steps that overlap together.
     """
 
@@ -48,7 +49,8 @@ def concurrency(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Conc
     flight, the others decode.
     """
     request_tokens = vllm_config.model_config.max_model_len
-    specs = [_one_spec(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
+    groups = kv_cache_config.kv_cache_groups
+    specs = [_one_spec(group.kv_cache_spec) for group in groups]
     usable_blocks = kv_cache_config.num_blocks - 1  # one is the null block
 
     in_flight_tokens = vllm_config.max_in_flight_tokens
@@ -58,9 +60,15 @@ def concurrency(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Conc
     return Concurrency(
         request_tokens,
         held=min(usable_blocks / reading, 1.0) + max(0, usable_blocks - reading) / decoding,
-        dense=usable_blocks / sum(-(-request_tokens // spec.block_size) for spec in specs),
+        dense=usable_blocks / (-(-request_tokens // specs[0].block_size) * _full_groups(groups)),
         chunk_tokens=min(vllm_config.max_in_flight_tokens, request_tokens),
     )
+
+
+def _full_groups(groups: Sequence[KVCacheGroupSpec]) -> float:
+    """How many groups of the largest one's size the entries fill; vLLM pads the others."""
+    sizes = [len(group.layer_names) for group in groups]
+    return sum(sizes) / max(sizes)
 
 
 def _one_spec(spec: KVCacheSpec) -> KVCacheSpec:

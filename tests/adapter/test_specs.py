@@ -191,6 +191,12 @@ def test_behind_their_prompts_requests_hold_what_answers_see(vllm_config: VllmCo
     found = concurrency(config, KVCacheConfig(1 + 4 * 3 * 256, [], groups))
     assert found.dense == 4
     assert found.held == pytest.approx(1 + 3 * 3 * 256 / (256 + 2 * (2 + 17)))
+    del planned["layer.0"], planned["layer.3"]  # 8 and 20: three groups, and padding
+    specs = with_policies(dict.fromkeys(planned, HEAD), planned, IN_FLIGHT, MAX_LEN)
+    groups = get_kv_cache_groups(vllm_config, dict(specs))
+    assert sorted(len(group.layer_names) for group in groups) == [6, 7, 7, 8]  # as large as 8 each
+    padded = concurrency(config, KVCacheConfig(1 + 4 * 4 * 256, [], groups))
+    assert padded.dense == pytest.approx(4 * 4 * 8 / 28)
 
 
 def test_more_tokens_in_flight_than_a_spec_was_made_for_are_refused() -> None:
