@@ -22,6 +22,8 @@ _SUBJECTS = (
     "serial number of the red pump",
     "phone extension of the night desk",
 )
+_THINGS = ("pass key", "entry code", "room number", "password")
+_OWNERS = ("Anna", "Boris", "Chen", "Dolores", "the north gate", "the old mill", "Kyoto", "Denver")
 _WORDS = ("harbour", "violet", "copper", "lantern", "meadow", "falcon", "granite", "walnut")
 _FILLERS = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ",
@@ -116,6 +118,9 @@ def needles_question(
 ) -> tuple[list[int], str]:
     """A prompt with one to four needles at random depths, one of which is asked for at the end.
 
+    By chance, their subjects differ altogether or by whose they are alone: the latter is more than
+    finding the place where a question's words stand.
+
     Args:
         tokenizer: of the model.
         source: of randomness.
@@ -125,7 +130,7 @@ def needles_question(
     Returns:
         The prompt, and the answer to its question.
     """
-    subjects = source.sample(_SUBJECTS, source.randrange(1, 5))
+    subjects = source.sample(_subjects(source), source.randrange(1, 5))
     question: list[int] = tokenizer(f"\nWhat is the {subjects[0]}? The {subjects[0]} is")[
         "input_ids"
     ]
@@ -142,6 +147,13 @@ def needles_question(
         place = int(len(ids) * source.uniform(0.02, 0.95))
         ids = ids[:place] + tokenizer(needle)["input_ids"] + ids[place:]
     return ids + question, answers[0]
+
+
+def _subjects(source: random.Random) -> list[str]:
+    if source.random() < 0.5:
+        return list(_SUBJECTS)
+    thing = source.choice(_THINGS)
+    return [f"{thing} of {owner}" for owner in _OWNERS]
 
 
 def text_example(ids: list[int], source: random.Random, num_tokens: int) -> Example:
