@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from scripts.flux_offline.routed import Evidence, RoutedModel
-from scripts.flux_offline.routed_attention import Prompted
-from scripts.flux_offline.routed_prompts import KINDS, RoutedPrompt
+from vllm_ext.calibration.routed import Evidence, RoutedModel
+from vllm_ext.calibration.routed_attention import Prompted
+from vllm_ext.calibration.routed_prompts import KINDS, RoutedPrompt
 
 STACKED_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 12}  # of prompts that are computed as one
 MOST_STACKED = 16
