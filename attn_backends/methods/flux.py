@@ -13,10 +13,10 @@ sparse attention. We differ:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from attn_backends.answer_windows import AnswerWindowSelector, answer_entries
 from attn_backends.config import (
@@ -27,12 +27,14 @@ from attn_backends.config import (
 )
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
-from attn_backends.profile import NoSectionError, ProfileSection, require_placed
+from attn_backends.profile import NoSectionError, ProfileSection, Sha256, require_placed
 from attn_backends.sections import AUTO, chosen_section
 from kvcache.entries import KVEntry
 from kvcache.spans import Span
 
 RETENTION_CHOICES = ("evict", "keep_all")
+MAX_ROUTED_GROUPS = 8  # each is a KV group: the scheduler's work grows with them
+RouterFileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.safetensors$")]
 
 
 class FluxSection(ProfileSection):
@@ -40,19 +42,48 @@ class FluxSection(ProfileSection):
 
     Attributes:
         full_layers: read and keep everything.
+        routed_groups: layers that a request's route decides together, in nested order: a group is
+            full only where all groups before it are. Layers in no list have the window.
         sink_tokens: first tokens that the other layers always see.
         window_tokens: last tokens that they see behind the prompt, the current one included.
+        evidence_tokens: last queries of a prompt, whose attention mass in the gap decides.
+        router_file: weights of the routers, a file beside the profile (``routing.read_router``).
+        router_sha256: of that file.
     """
 
     made_by: ClassVar[str] = "an editor (docs/tuning.md, FLUX); no command calibrates it yet"
 
     full_layers: list[int] = Field(default_factory=list)
+    routed_groups: list[Annotated[list[int], Field(min_length=1)]] = Field(
+        default_factory=list, max_length=MAX_ROUTED_GROUPS
+    )
     sink_tokens: int = Field(ge=0, le=1 << 20)
     window_tokens: int = Field(ge=1, le=1 << 20)
+    evidence_tokens: int = Field(32, ge=1, le=1024)
+    router_file: RouterFileName | None = None
+    router_sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _routers_are_named(self) -> FluxSection:
+        named = (self.router_file, self.router_sha256)
+        if self.routed_groups and None in named:
+            raise ValueError(
+                "routed_groups need router_file, a .safetensors file beside the profile, and its "
+                "router_sha256; name them, or drop routed_groups"
+            )
+        if not self.routed_groups and named != (None, None):
+            raise ValueError(
+                "router_file and router_sha256 are for routed_groups, and there are none; drop them"
+            )
+        return self
 
     def require_shape(self, num_layers: int, num_kv_heads: int) -> None:
         """See ``ProfileSection.require_shape``."""
-        require_placed({"full_layers": self.full_layers}, num_layers)
+        groups = {f"routed_groups[{i}]": group for i, group in enumerate(self.routed_groups)}
+        require_placed({"full_layers": self.full_layers, **groups}, num_layers)
+        for name, group in groups.items():
+            if len({*group}) < len(group):
+                raise ValueError(f"{name} names a layer twice: {group}")
 
     @property
     def span(self) -> Span:
@@ -87,6 +118,10 @@ def _section(config: FluxConfig, geometry: Geometry) -> FluxSection:
             "FLUX needs to know which layers read everything, and no profile with that is shipped "
             "for this model; write a FLUX section into one and name it (--profile FILE; "
             "docs/tuning.md)"
+        )
+    if section.routed_groups:
+        raise SettingError(
+            "profile", "has routed_groups of FLUX, which this release does not serve yet"
         )
     if problem := block_problem(section.window_tokens, geometry.block_size):
         raise SettingError("profile", f"names a window_tokens of FLUX that {problem}")
