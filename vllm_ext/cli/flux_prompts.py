@@ -14,7 +14,11 @@ NEEDLE_KINDS = ("passkey", "multi_key")
 
 
 def held_out(
-    tokenizer: Any, number: int, lengths_tokens: Sequence[int], corpus: Path | None = None
+    tokenizer: Any,
+    number: int,
+    lengths_tokens: Sequence[int],
+    corpus: Path | None = None,
+    seed: int = 0,
 ) -> list[RoutedPrompt]:
     """As many of each kind; other texts than those of the fit, half of the needles other too.
 
@@ -24,12 +28,13 @@ def held_out(
         lengths_tokens: of the prompts, about; ascending.
         corpus: text file, whose stretches may be those of the fit; None is modules of Python's
             library that nothing is fitted on.
+        seed: of the choice.
 
     Raises:
         UserError: the corpus is shorter than a prompt.
     """
-    source = random.Random(1_000_003)
-    texts = text_prompts(tokenizer, 7, 12, lengths_tokens[-1] + 512, corpus)
+    source = random.Random(1_000_003 + seed)
+    texts = text_prompts(tokenizer, 7 + seed, 12, lengths_tokens[-1] + 512, corpus)
     prompts = make_prompts(tokenizer, source, texts, lengths_tokens, number)
     half = number // 2
     others = [
