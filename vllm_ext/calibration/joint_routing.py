@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 STEPS = 200
 STEP_SIZE = 0.05
 PRICE_STEP = 0.5  # of the multiplier's logarithm, by share too many
 FIRST_PRICE = 0.02  # nats for all layers full
 PRICES = (1e-4, 10.0)
+DECAYS = (0.9, 0.999)  # of Adam's moments
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Depths:
     share: float
 
 
-@torch.enable_grad()
 def fit_depths(
     features: np.ndarray, measured: Depths, kept: np.ndarray, l2: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -52,29 +51,40 @@ def fit_depths(
     """
     mean, scale = features.mean(0), features.std(0)
     scale = np.where(scale > 1e-9, scale, 1.0)
-    inputs = torch.from_numpy((features - mean) / scale)
-    costs, parts = torch.from_numpy(measured.kl), torch.from_numpy(measured.shares)
-    counted = torch.from_numpy(kept / kept.sum(1, keepdims=True))
-    num_groups = len(parts) - 1
-    weights = inputs.new_zeros(len(kept), inputs.shape[1], num_groups).requires_grad_()
-    bias = inputs.new_zeros(len(kept), 1, num_groups).requires_grad_()
-    optimizer = torch.optim.Adam([weights, bias], lr=STEP_SIZE)
-    price = inputs.new_full((len(kept),), FIRST_PRICE)
+    inputs = np.c_[(features - mean) / scale, np.ones(len(features))]
+    decay = np.r_[np.full(features.shape[1], 2 * l2 / len(features)), 0.0][:, None]
+    counted = (kept / kept.sum(1, keepdims=True))[..., None]
+    # What a group more changes.
+    saved, added = np.diff(measured.kl), np.diff(measured.shares)
+    weights = np.zeros((len(kept), inputs.shape[1], len(added)))
+    price, descent = np.full(len(kept), FIRST_PRICE), _Descent()
     for _ in range(STEPS):
-        chance = _depth_chances(inputs @ weights + bias)
-        full = ((chance @ parts) * counted).sum(1)
-        lost = ((chance * costs).sum(2) * counted).sum(1)
-        decay = l2 * weights.square().sum((1, 2)) / len(inputs)
-        optimizer.zero_grad()
-        torch.autograd.backward((lost + price * full + decay).sum())
-        optimizer.step()
-        price = (price * (PRICE_STEP * (full.detach() - measured.share)).exp()).clamp(*PRICES)
-    found = weights.detach().numpy() / scale[:, None]
-    return found, bias.detach().numpy()[:, 0] - mean @ found
+        chance = 1 / (1 + np.exp(-(inputs @ weights)))
+        reached = chance.cumprod(2) * counted
+        # A group's score moves its own depth and all behind it.
+        paid = reached * (saved + price[:, None, None] * added)
+        behind = paid[..., ::-1].cumsum(2)[..., ::-1]
+        slope = inputs.T @ (behind * (1 - chance)) + decay * weights
+        weights = weights - descent.step(slope)
+        share = measured.shares[0] + reached.sum(1) @ added
+        price = np.clip(price * np.exp(PRICE_STEP * (share - measured.share)), *PRICES)
+    found = weights[:, :-1] / scale[:, None]
+    return found, weights[:, -1] - mean @ found
 
 
-def _depth_chances(scores: torch.Tensor) -> torch.Tensor:
-    """``[..., depths]`` of ``scores [..., groups]``."""
-    reached = torch.sigmoid(scores).cumprod(-1)
-    reached = torch.nn.functional.pad(reached, (1, 0), value=1.0)
-    return reached - torch.nn.functional.pad(reached[..., 1:], (0, 1))
+class _Descent:
+    """Adam's steps."""
+
+    def __init__(self) -> None:
+        self._first: np.ndarray | float = 0.0
+        self._second: np.ndarray | float = 0.0
+        self._number = 0
+
+    def step(self, slope: np.ndarray) -> np.ndarray:
+        """What to go down along this slope."""
+        self._number += 1
+        self._first = DECAYS[0] * self._first + (1 - DECAYS[0]) * slope
+        self._second = DECAYS[1] * self._second + (1 - DECAYS[1]) * slope**2
+        first = self._first / (1 - DECAYS[0] ** self._number)
+        second = self._second / (1 - DECAYS[1] ** self._number)
+        return np.asarray(STEP_SIZE * first / (np.sqrt(second) + 1e-8))
