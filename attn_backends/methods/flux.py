@@ -3,11 +3,14 @@
 Paper: Flux Attention, arXiv 2604.07394 (qqtang-code/FluxAttention), which routes layers to full or
 sparse attention. We differ:
 
-- there is no router yet: a profile says which layers are full, the same ones for every request;
+- a profile says which layers are always full, and which groups of layers each request's route
+  decides about; a group is full only where those before it are;
+- routes are decided by the attention that a prompt's last queries put between sinks and window,
+  per KV head, and not by pooled queries: the same however a prompt was chunked or cached;
 - prompts are computed densely, so that their KV blocks serve everybody; sinks and window hold from
   the first answer token on, by position alone, also where a preempted request computes its answer
   again;
-- the blocks in between are freed in the other layers once the prompt is computed.
+- the blocks in between are freed in the other layers once the prompt is computed and routed.
 """
 
 from __future__ import annotations
@@ -27,12 +30,20 @@ from attn_backends.config import (
 )
 from attn_backends.method import Capabilities, Geometry, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
-from attn_backends.profile import NoSectionError, ProfileSection, Sha256, require_placed
-from attn_backends.sections import AUTO, chosen_section
+from attn_backends.profile import (
+    NoSectionError,
+    Profile,
+    ProfileSection,
+    Sha256,
+    require_placed,
+)
+from attn_backends.routing import Router, read_router
+from attn_backends.sections import AUTO, chosen_profile
 from kvcache.entries import KVEntry
 from kvcache.spans import Span
 
 RETENTION_CHOICES = ("evict", "keep_all")
+ROUTE_CHOICES = ("profile", "full", "sparse")
 MAX_ROUTED_GROUPS = 8  # each is a KV group: the scheduler's work grows with them
 RouterFileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.safetensors$")]
 
@@ -99,33 +110,67 @@ class FluxConfig(MethodConfig):
         profile: path of a profile, or ``auto`` for the one shipped for this model.
         retention: ``evict`` frees what lies between sinks and window once a prompt is computed,
             ``keep_all`` nothing.
+        routes: ``profile`` lets its routers decide about the routed groups; ``full`` and
+            ``sparse`` force all of them one way, for comparisons.
     """
 
     profile: str = AUTO
     retention: str = one_of(RETENTION_CHOICES, default="evict")
+    routes: str = one_of(ROUTE_CHOICES, default="profile")
+
+
+def _profile(config: FluxConfig, geometry: Geometry) -> Profile:
+    """The chosen profile.
+
+    Raises:
+        ConfigError: no profile, or one of another shape.
+    """
+    profile = chosen_profile(config.profile, geometry, METHOD.name)
+    if profile is None:
+        raise NoSectionError(
+            "FLUX needs to know which layers read everything, and no profile with that is shipped "
+            "for this model; write a FLUX section into one and name it (--profile FILE; "
+            "docs/tuning.md)"
+        )
+    return profile
 
 
 def _section(config: FluxConfig, geometry: Geometry) -> FluxSection:
     """What the profile says.
 
     Raises:
-        ConfigError: no profile, one without FLUX's section or of another shape, or a window that
-            cannot hold a KV block.
+        ConfigError: see ``_profile``; or nothing valid for FLUX, a window that cannot hold a KV
+            block, or nothing that could be routed as it is asked for.
     """
-    section = chosen_section(config.profile, geometry, METHOD.name, FluxSection)
-    if section is None:
-        raise NoSectionError(
-            "FLUX needs to know which layers read everything, and no profile with that is shipped "
-            "for this model; write a FLUX section into one and name it (--profile FILE; "
-            "docs/tuning.md)"
-        )
-    if section.routed_groups:
-        raise SettingError(
-            "profile", "has routed_groups of FLUX, which this release does not serve yet"
-        )
+    section = _profile(config, geometry).section(METHOD.name, FluxSection)
     if problem := block_problem(section.window_tokens, geometry.block_size):
         raise SettingError("profile", f"names a window_tokens of FLUX that {problem}")
+    if config.routes != "profile" and not section.routed_groups:
+        raise SettingError(
+            "routes",
+            f"is {config.routes!r}, but the profile has no routed_groups of FLUX: no route can be "
+            "forced; drop it, or name a profile with routers",
+        )
     return section
+
+
+def _router(config: FluxConfig, geometry: Geometry) -> Router | None:
+    """What routes; None where no group is routed.
+
+    Raises:
+        ConfigError: see ``_section``; or the router's file is not the one that the profile names,
+            or not valid.
+    """
+    section = _section(config, geometry)
+    shape = (len(section.routed_groups), geometry.num_layers, geometry.num_kv_heads)
+    if not section.routed_groups:
+        return None
+    if config.routes != "profile":
+        return Router.forced(*shape, is_full=config.routes == "full")
+    # Named, or the section would not be valid.
+    name, sha256 = str(section.router_file), str(section.router_sha256)
+    content = _profile(config, geometry).read_beside(name, sha256)
+    return read_router(content, shape, section.evidence_tokens, named=f"router file {name}")
 
 
 def _schedule(config: FluxConfig, geometry: Geometry) -> LayerSchedule:
@@ -135,20 +180,26 @@ def _schedule(config: FluxConfig, geometry: Geometry) -> LayerSchedule:
         for layer in range(geometry.num_layers)
     ]
     heads = (section.span,) * geometry.num_kv_heads
-    spans = {layer: heads for layer, role in enumerate(roles) if role is LayerRole.WINDOW}
-    return LayerSchedule(tuple(roles), spans=spans, prompts_see_everything=True)
+    return LayerSchedule(
+        tuple(roles),
+        spans={layer: heads for layer, role in enumerate(roles) if role is LayerRole.WINDOW},
+        prompts_see_everything=True,
+        routed_groups=tuple(tuple(sorted(group)) for group in section.routed_groups),
+    )
 
 
 def _selector(
     config: FluxConfig, schedule: LayerSchedule, geometry: Geometry, device: torch.device
 ) -> AnswerWindowSelector:
-    return AnswerWindowSelector(schedule, geometry, device)
+    return AnswerWindowSelector(schedule, geometry, device, _router(config, geometry))
 
 
 def _entries(
     config: FluxConfig, schedule: LayerSchedule, geometry: Geometry
 ) -> tuple[KVEntry, ...]:
-    return answer_entries(schedule, frees=config.retention == "evict")
+    router = _router(config, geometry)
+    reread_tokens = 0 if router is None else router.reread_tokens
+    return answer_entries(schedule, config.retention == "evict", reread_tokens)
 
 
 METHOD = SparseMethod(
@@ -161,7 +212,7 @@ METHOD = SparseMethod(
     capabilities=Capabilities(
         reads="everything in full layers and prompts, sinks and window in the other layers' decode",
         frees="between sinks and window of the other layers, once a prompt is computed",
-        limits="needs a profile; saves nothing while prompts are read; no router yet",
+        limits="needs a profile, with routers to route; saves nothing while prompts are read",
     ),
     row_options=frozenset({"sparse"}),
     entries=_entries,
