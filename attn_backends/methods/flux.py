@@ -62,7 +62,7 @@ class FluxSection(ProfileSection):
         router_sha256: of that file.
     """
 
-    made_by: ClassVar[str] = "an editor (docs/tuning.md, FLUX); no command calibrates it yet"
+    made_by: ClassVar[str] = "vllm-ext profile MODEL --method flux --output FILE"
 
     full_layers: list[int] = Field(default_factory=list)
     routed_groups: list[Annotated[list[int], Field(min_length=1)]] = Field(
@@ -129,8 +129,7 @@ def _profile(config: FluxConfig, geometry: Geometry) -> Profile:
     if profile is None:
         raise NoSectionError(
             "FLUX needs to know which layers read everything, and no profile with that is shipped "
-            "for this model; write a FLUX section into one and name it (--profile FILE; "
-            "docs/tuning.md)"
+            f"for this model; make one with `{FluxSection.made_by}` and name it (--profile FILE)"
         )
     return profile
 
