@@ -77,9 +77,12 @@ class FluxSettings:
     seed: int = 0
 
     def key(self) -> dict[str, str]:
-        """What measurements depend on, for ``SavedState``; the share only chooses."""
-        settings = {name: str(value) for name, value in vars(self).items() if name != "share"}
-        return settings | {"fingerprint": fingerprint(self.model), "device": device()}
+        """What measurements depend on, for ``SavedState``: not the share, which only chooses, nor
+        the machine.
+        """
+        chosen = ("model", "share")
+        settings = {name: str(value) for name, value in vars(self).items() if name not in chosen}
+        return settings | {"fingerprint": fingerprint(self.model)}
 
     def lengths_tokens(self) -> list[int]:
         """Of the prompts that are fitted, ascending."""
@@ -248,15 +251,15 @@ class Calibration:
         bars: np.ndarray | None = None,
     ) -> Table:
         maker = TableMaker(lambda: self._model, self._tokenizer, ANSWER_TOKENS, device())
+        left = sorted(prompts, key=lambda prompt: len(prompt.ids))
         parts = []
-        stacks = maker.stacks(prompts)
-        done = 0
-        for number, stack in enumerate(stacks):
+        while left:
+            done = len(prompts) - len(left)
             self._progress(f"measuring prompts, {name}", done, len(prompts))
-            known = f"{name} {number}"
+            known = f"{name} from {done}"
             if self._state.recall(known) is None:
-                self._state.keep(known, maker.measure(stack, masks, bars))
+                self._state.keep(known, maker.measure(maker.next_stack(left), masks, bars))
             parts.append(self._state.recall(known))
-            done += len(stack)
+            left = left[len(parts[-1]["kind"]) :]
         self._progress(f"measuring prompts, {name}", len(prompts), len(prompts))
         return Table.joined(parts, masks, bars)

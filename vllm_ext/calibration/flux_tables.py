@@ -73,10 +73,9 @@ class TableMaker:
         self._model, self._tokenizer = model, tokenizer
         self._answer_tokens, self._device = answer_tokens, device
 
-    def stacks(self, prompts: Sequence[RoutedPrompt]) -> list[list[RoutedPrompt]]:
-        """The prompts, shortest first, in parts that are measured at once."""
-        ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
-        return [ordered[rows] for rows in stacks(ordered, self._device)]
+    def next_stack(self, prompts: Sequence[RoutedPrompt]) -> Sequence[RoutedPrompt]:
+        """The first ones, shortest first, that are measured at once."""
+        return prompts[stacks(prompts, self._device)[0]]
 
     def measure(
         self, prompts: Sequence[RoutedPrompt], masks: np.ndarray, bars: np.ndarray | None
