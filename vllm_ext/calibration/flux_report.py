@@ -72,7 +72,7 @@ def _draw_routes(axes: Any, title: str, found: Found) -> None:
         axes.bar(KINDS, part, bottom=bottom, label=f"{number} of {len(found.order)} layers full")
         bottom += part
     axes.set_ylabel("share of the prompts")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
 
 
 def markdown(
@@ -166,6 +166,7 @@ def _routers(found: Found) -> list[str]:
     if not found.fits:
         return []
     split, kinds = found.fits[0].split, found.held_out.kinds
+    router = found.fits[0].router(len(found.order))
     lines = [
         "",
         "## Routes",
@@ -179,6 +180,8 @@ def _routers(found: Found) -> list[str]:
         lines.append(f"| {_named(group)} | {_joined(full, 2)} |")
     lines += [
         f"| {_named(found.order[split.numbers()[-1] :])} | never |",
+        "",
+        f"Evidence is read in layers {_named(router.witnesses)}.",
         "",
         "How they were fitted, by folds of the fitted prompts; the first is the router above. "
         "*Joint*: all groups together, by the KL that their depths leave at the share; "

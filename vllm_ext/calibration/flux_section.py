@@ -19,6 +19,7 @@ from vllm_ext.calibration.routing_fit import interval
 from vllm_ext.calibration.routing_outcomes import Outcome, by_kind, mean_known
 
 ROUTER_CHOICES = ("auto", "always", "never")
+LEAST_JUDGES = 30  # held-out prompts: intervals of fewer are too narrow
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def decided(found: Found, choice: str) -> Decision:
     )
     if choice != "auto":
         return Decision(choice == "always", f"--router {choice}; {text}")
+    if len(change) < LEAST_JUDGES:
+        return Decision(False, f"{text}: too few prompts to judge, {LEAST_JUDGES} are enough")
     return Decision(high < 0, f"{text}: it is {'' if high < 0 else 'not '}shown to be better")
 
 

@@ -27,6 +27,7 @@ from vllm_ext.calibration.routing_outcomes import Outcome, Variants, is_needed
 MOST_ROUTED = 3  # groups: each has a router to fit, and a KV group's cost in each step
 JOINT_L2 = (0.01, 0.03, 0.1)
 FINALISTS = 5  # splits that are trained at every strength
+FEW_WITNESSES = (4, 8)  # layers whose evidence may do instead of all layers'
 # Nats beyond which an answer is another one; how far beyond is chance, and would rule the fit.
 FAR_KL = 0.1
 
@@ -93,6 +94,12 @@ class Router:
     weights: np.ndarray
     log_tokens: np.ndarray
     bias: np.ndarray
+
+    @property
+    def witnesses(self) -> list[int]:
+        """Layers whose evidence has a weight."""
+        found: list[int] = np.flatnonzero((self.weights != 0).any((0, 2))).tolist()
+        return found
 
     def depths(self, prompts: Measured) -> np.ndarray:
         """``[prompts]``."""
@@ -186,9 +193,11 @@ class RouterFits:
             return []
         joint = [self.joint(split, JOINT_L2[1:2]) for split in known]
         finalists = sorted(joint, key=lambda fit: fit.loss)[:FINALISTS]
+        best = min((self.joint(fit.split) for fit in finalists), key=lambda fit: fit.loss)
+        fewer = [self._with_witnesses(best, number) for number in FEW_WITNESSES]
         fits = [
             min((self.logistic(split) for split in known), key=lambda fit: fit.loss),
-            min((self.joint(fit.split) for fit in finalists), key=lambda fit: fit.loss),
+            min((*fewer, best), key=lambda fit: fit.loss),
         ]
         return sorted(fits, key=lambda fit: fit.loss)
 
@@ -204,8 +213,20 @@ class RouterFits:
             np.stack(logits, 1),
         )
 
-    def joint(self, split: Split, strengths: Sequence[float] = JOINT_L2) -> Fit:
-        """All groups at once, by the divergence that is left at a share (``fit_depths``)."""
+    def joint(
+        self,
+        split: Split,
+        strengths: Sequence[float] = JOINT_L2,
+        features: np.ndarray | None = None,
+    ) -> Fit:
+        """All groups at once, by the divergence that is left at a share (``fit_depths``).
+
+        Args:
+            split: the parts.
+            strengths: of L2; the one that is best in the folds is taken.
+            features: instead of all; zeros get no weight.
+        """
+        features = self._features if features is None else features
         kl = np.minimum(self._prompts.nested(split.numbers()).kl, FAR_KL)
         shares = np.array(split.numbers()) / self._prompts.gap.shape[1]
         measured = Depths(kl, shares, self._share)
@@ -213,12 +234,26 @@ class RouterFits:
         kept = np.concatenate([~held, np.ones_like(held[:1])])
         fits = []
         for l2 in strengths:
-            weights, bias = fit_depths(self._features, measured, kept, l2)
-            scores = self._features @ weights[:-1] + bias[:-1, None]
+            weights, bias = fit_depths(features, measured, kept, l2)
+            scores = features @ weights[:-1] + bias[:-1, None]
             # Of each prompt the scores by the fit that did not see it.
             unseen = scores[self._fold, np.arange(len(kl))]
             fits.append(self._fit(split, "joint", weights[-1], bias[-1], unseen))
         return min(fits, key=lambda fit: fit.loss)
+
+    def _with_witnesses(self, fit: Fit, number: int) -> Fit:
+        """The same split on the evidence of the layers that weigh most: an engine then collects
+        it in few layers. What weighs most is chosen on all prompts, which flatters the folds a
+        little.
+        """
+        num_prompts, num_layers, num_heads = self._prompts.gap.shape
+        weight = np.abs(fit.coefficients[:-1]).sum(1) * self._features[:, :-1].std(0)
+        order = weight.reshape(num_layers, num_heads).sum(1).argsort()[::-1]
+        features = self._features.copy()
+        gap = features[:, :-1].reshape(num_prompts, num_layers, num_heads)
+        gap[:, order[number:]] = 0
+        features[:, :-1] = gap.reshape(num_prompts, -1)
+        return self.joint(fit.split, features=features)
 
     def _group(self, number: int) -> tuple[np.ndarray, float, np.ndarray]:
         """Coefficients, bias and the folds' logits of whether ``number`` layers are too few."""
