@@ -117,7 +117,7 @@ class LayerStep:
         if prefill is not None:
             tokens = slice(num_decodes, num_decodes + prefill.num_tokens)
             if self.plan.witness is not None:
-                self.plan.witness(query[tokens], self.views[0], prefill)
+                self.plan.witness(query[tokens], self.views[0], prefill, self.scale)
             rule = self.plan.prefill_rule(num_decodes, prefill.num_reqs)
             self.ops.paged_attention.run(
                 query[tokens], *self.views, prefill, rule, self.scale, out[tokens]

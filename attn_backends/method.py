@@ -40,7 +40,8 @@ class StepRows:
             one included.
         seq_lens_cpu: the same on the host, possibly an upper bound; None where nobody knows.
         num_rows: decode and prefill rows.
-        request_ids: of the decode rows; empty where the engine does not tell them.
+        request_ids: of the decode rows, under ``LayerSchedule.prompts_see_everything`` of prefill
+            rows, too; empty where the engine does not tell them.
         options: by index of the decode row, for rows whose request asked for something itself.
         ended_ids: requests that ended since the step before.
         prompt_rows: decode rows whose token is of a prompt: they read everything, as prefill does.

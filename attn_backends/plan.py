@@ -20,6 +20,7 @@ from kvcache.spans import Span
 
 if TYPE_CHECKING:
     from attn_backends.recall import RecallWatch
+    from attn_backends.routed_prompts import RoutedPrompts
 
 
 class LayerRole(Enum):
@@ -58,16 +59,18 @@ class LayerSchedule:
         spans: of the WINDOW layers, and of no others: what each KV head sees.
         prompts_see_everything: spans hold from a request's first answer token on; queries of its
             prompt see everything.
+        routed_groups: WINDOW layers, each in one group, that a request's route may make full.
 
     Raises:
-        ValueError: no layers, all of them dropped, a REUSE layer without an anchor before it, or
-            spans of other layers than the WINDOW ones.
+        ValueError: no layers, all of them dropped, a REUSE layer without an anchor before it,
+            spans of other layers than the WINDOW ones, or a routed layer that is none of them.
     """
 
     roles: tuple[LayerRole, ...]
     head_maps: dict[int, tuple[int, ...]] = field(default_factory=dict)
     spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
     prompts_see_everything: bool = False
+    routed_groups: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.roles:
@@ -83,6 +86,8 @@ class LayerSchedule:
                 f"LayerSchedule.spans has layers {sorted(self.spans)}, but the WINDOW layers are "
                 f"{sorted(windows)}"
             )
+        if other := {*()}.union(*self.routed_groups) - windows:
+            raise ValueError(f"layers {sorted(other)} are routed, but are no WINDOW layers")
 
     def of_role(self, *roles: LayerRole) -> tuple[int, ...]:
         """Indices of the layers that have one of these roles."""
@@ -95,8 +100,8 @@ class LayerSchedule:
 
     @property
     def shares_selections(self) -> bool:
-        """Whether layers read what others chose."""
-        return LayerRole.REUSE in self.roles
+        """Whether layers read what others chose, or what other layers are evidence for."""
+        return LayerRole.REUSE in self.roles or bool(self.routed_groups)
 
     @property
     def narrows_decode_only(self) -> bool:
@@ -127,6 +132,7 @@ class RowReason(Enum):
     UNKNOWN_LENGTH = ("sparse", "unknown_length")
     SHORT_CONTEXT = ("dense", "short_context")
     REQUEST_OFF = ("dense", "request_off")
+    ROUTED_FULL = ("dense", "routed_full")
     GUARD = ("dense", "guard")
     NO_SPARSE_LAYERS = ("dense", "no_sparse_layers")
 
@@ -204,7 +210,9 @@ DecodeWay = Dense | Selected | Anchor | Reuse
 class PrefillWitness(Protocol):
     """What a selector gives a layer whose prompts are evidence to it."""
 
-    def __call__(self, query: torch.Tensor, key_cache: torch.Tensor, batch: PagedBatch) -> None:
+    def __call__(
+        self, query: torch.Tensor, key_cache: torch.Tensor, batch: PagedBatch, scale: float
+    ) -> None:
         """Sees the prefill rows of one step, keys of all their tokens in the cache; on GPUs, those
         of more than one token.
 
@@ -212,6 +220,7 @@ class PrefillWitness(Protocol):
             query: ``[num_tokens, num_heads, head_size]``.
             key_cache: ``[num_blocks, num_kv_heads, block_size, head_size]``.
             batch: the rows, in the batch's order behind its decode rows.
+            scale: of the scores.
         """
         ...
 
@@ -251,12 +260,14 @@ class StepPlan:
         reasons: of the decode rows.
         watch: what is known of the anchors' choices, for metrics; None where nobody chooses.
         cuts: of the prefill rows, where rules count parts of them as rows.
+        prompts: where requests are routed: what decides for those whose prompts this step ends.
     """
 
     layers: Mapping[int, LayerPlan]
     reasons: Sequence[RowReason]
     watch: RecallWatch | None = None
     cuts: RowCuts | None = None
+    prompts: RoutedPrompts | None = None
 
     @property
     def narrowed_rows(self) -> list[int]:

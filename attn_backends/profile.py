@@ -173,16 +173,30 @@ class Profile(BaseModel):
             name: one of ``files``.
 
         Raises:
-            ConfigError: not named there, not in the profile's folder, too large, or not what it
-                was when the profile was made.
+            ConfigError: not named there, or see ``read_beside``.
         """
-        if name not in self.files or self._path is None:
+        if name not in self.files:
             raise ConfigError(f"{self._named()} names no file {name!r:.120} beside it")
+        return self.read_beside(name, self.files[name])
+
+    def read_beside(self, name: str, sha256: str) -> bytes:
+        """Content of a file beside the profile, which a section names itself.
+
+        Args:
+            name: of the file, without a folder.
+            sha256: what it must have.
+
+        Raises:
+            ConfigError: not in the profile's folder, too large, or not what it was when the
+                profile was made.
+        """
+        if self._path is None:
+            raise ConfigError(f"{self._named()} was not read from a file: nothing is beside it")
         path = self._path.parent / name
         if os.path.dirname(os.path.realpath(path)) != os.path.realpath(self._path.parent):
             raise ConfigError(f"{path} is a link out of the folder of {self._named()}; copy it")
         content = read_bytes(path, MAX_FILE_BYTES, named=str(path))
-        if hashlib.sha256(content).hexdigest() != self.files[name]:
+        if hashlib.sha256(content).hexdigest() != sha256:
             raise ConfigError(
                 f"{path} is not the file that {self._named()} was made with (its SHA-256 differs); "
                 "take both from the same calibration"

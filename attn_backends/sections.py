@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from attn_backends.method import Geometry
-from attn_backends.profile import Section, load_profile, require_fit, shipped_profile
+from attn_backends.profile import Profile, Section, load_profile, require_fit, shipped_profile
 
 AUTO = "auto"
 
@@ -27,6 +27,12 @@ def chosen_section(
     Raises:
         ConfigError: the profile is not valid, says nothing to the method, or is of another shape.
     """
+    profile = chosen_profile(choice, geometry, method)
+    return None if profile is None else profile.section(method, section_cls)
+
+
+def chosen_profile(choice: str, geometry: Geometry, method: str) -> Profile | None:
+    """The profile that has the section; arguments, result and errors as of ``chosen_section``."""
     if choice != AUTO:
         profile = load_profile(Path(choice))
     else:
@@ -35,4 +41,4 @@ def chosen_section(
             return None
         profile = shipped
     require_fit(profile, geometry.num_layers, geometry.num_kv_heads)
-    return profile.section(method, section_cls)
+    return profile

@@ -51,9 +51,12 @@ class KeepAll:
 
     Attributes:
         caches_generated: see ``RetentionPolicy.caches_generated``.
+        reread_tokens: last tokens of a request that are computed even where they are cached: what
+            their queries attend is evidence.
     """
 
     caches_generated: bool = True
+    reread_tokens: int = 0
 
     @property
     def identity(self) -> str:
@@ -135,9 +138,14 @@ class AfterPrompt:
 
     Attributes:
         span: what a query behind the prompt sees, by its position.
+        route: group of layers that a request's route may make full: nothing is freed then, nor
+            before the route is known. None: no route has a say.
+        reread_tokens: see ``KeepAll``.
     """
 
     span: Span
+    route: int | None = None
+    reread_tokens: int = 0
 
     @property
     def caches_generated(self) -> bool:
@@ -147,7 +155,8 @@ class AfterPrompt:
     @property
     def identity(self) -> str:
         """See ``RetentionPolicy.identity``."""
-        return f"prompt-then-{self.span}" + _cached(self.caches_generated)
+        routed = "" if self.route is None else f"-route{self.route}"
+        return f"prompt-then-{self.span}{routed}" + _cached(self.caches_generated)
 
     def evictable(
         self, num_computed_tokens: int, prompt_tokens: int, block_size: int

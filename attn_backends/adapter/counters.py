@@ -31,6 +31,11 @@ AUDIT_BYTES = (
     "vllm_ext:audit_kv_bytes_saved",
     "Bytes of keys and values that dense would have read and the audited rows did not.",
 )
+ROUTES = "vllm_ext:routes"
+ROUTES_HELP = (
+    "Requests by what their route says of a group of layers: full, sparse, or no_evidence (full, "
+    "since queries of the prompt's end were not seen)."
+)
 GUARD = "vllm_ext:guard_requests"
 GUARD_HELP = "Requests whose recall stayed below the floor, by what the guard did."
 
@@ -60,6 +65,18 @@ class RowCounters:
             labels = self._method | {"path": path, "reason": reason}
             if num_rows:
                 self._files.add_to_counter(ROWS, ROWS_HELP, labels, num_rows)
+
+    def add_routes(self, routes: Mapping[tuple[int, str], int]) -> None:
+        """Counts requests whose route was decided.
+
+        Args:
+            routes: number of requests by (group of layers, route).
+        """
+        if self._files is None:
+            return
+        for (group, route), requests in routes.items():
+            labels = self._method | {"group": str(group), "route": route}
+            self._files.add_to_counter(ROUTES, ROUTES_HELP, labels, requests)
 
     def show_recall(self, watch: RecallWatch) -> None:
         """Writes what the watch learned since this was last called."""

@@ -98,14 +98,13 @@ class StepPlanner:
             dense_until: Sequence[int | None] = ()
             if self.follows_prompts:
                 dense_until = BOOK.dense_until(ids, num_rows)
-                ids = ids[: len(seq_lens)]
             self._plan = self.selector.plan(
                 StepRows(
                     seq_lens,
                     seq_lens_cpu,
                     num_rows,
                     ids,
-                    BOOK.of_rows(ids),
+                    BOOK.of_rows(ids[: len(seq_lens)]),
                     self._ended.take(),
                     prompt_rows,
                     dense_until,
@@ -115,6 +114,16 @@ class StepPlanner:
             self._count(set(prompt_rows))
         self._served.add(id(builder))
         return self._plan
+
+    def take_routes(self) -> dict[str, int]:
+        """Routes that nobody was told of yet, of prompts that the last step ended; counted."""
+        prompts = self._plan.prompts
+        if prompts is None:
+            return {}
+        routes = prompts.take_news()
+        if self._counters is not None:
+            self._counters.add_routes(prompts.take_counts())
+        return routes
 
     def _count(self, prompt_rows: Collection[int]) -> None:
         """Rows of requests alone, and not those that still read their prompt."""
@@ -209,6 +218,13 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
 
 # By an attention layer of the engine: it lives as long as the engine, and no two share one.
 _PLANNERS: WeakKeyDictionary[torch.nn.Module, dict[Shape, StepPlanner]] = WeakKeyDictionary()
+
+
+def take_routes(vllm_config: VllmConfig) -> dict[str, int]:
+    """Routes that an engine decided since this was last asked, by request id."""
+    owner = next(iter(attention_layers(vllm_config).values()), None)
+    planners = {} if owner is None else _PLANNERS.get(owner, {})
+    return {name: route for one in planners.values() for name, route in one.take_routes().items()}
 
 
 def shared_planner(

@@ -17,11 +17,12 @@ from attn_backends.adapter.compat import unseeded_chunks
 from attn_backends.adapter.config import chosen_method, engine_facts, method_config
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.entries import policies_by_name
-from attn_backends.adapter.planning import head_tables_of, selectors_of
+from attn_backends.adapter.planning import head_tables_of, selectors_of, take_routes
 from attn_backends.adapter.requests import BOOK, RowIds
 from attn_backends.adapter.warming import unbind_caches, warm_up_builders
 from attn_backends.config import ConfigError
 from kvcache.adapter.concurrency import Concurrency, concurrency
+from kvcache.adapter.news import with_routes
 from kvcache.adapter.specs import policies_of, policies_of_groups, with_policies
 from kvcache.grouping import check_groups
 from kvcache.retention import KeepAll
@@ -111,6 +112,13 @@ class RetainingWorker:
         with BOOK.step(scheduler_output):
             return stock.execute_model(scheduler_output)
 
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """See ``Worker.sample_tokens``; the output carries routes to the scheduler."""
+        stock: Any = super()
+        output = stock.sample_tokens(grammar_output)
+        routes = {} if output is None else take_routes(self.vllm_config)
+        return with_routes(output, routes) if routes else output
+
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """See ``Worker.initialize_from_config``; dropped layers are bound to another's cache.
 
@@ -132,7 +140,7 @@ class RetainingWorker:
 
 def say_what_is_freed(method_name: str, pool: Concurrency) -> None:
     """One line of the log, as ``vllm-ext doctor`` says it; a warning where nothing is gained."""
-    if pool.held > LEAST_GAIN * pool.dense:
+    if pool.held > LEAST_GAIN * pool.dense or pool.routed_groups:
         logger.info("%s: %s", method_name, pool)
     else:
         logger.warning(

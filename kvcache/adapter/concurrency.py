@@ -30,18 +30,27 @@ class Concurrency:
         held: how many fit, under what is freed.
         dense: how many would if nothing were freed, and groups were not padded.
         chunk_tokens: of prompts, in flight at most; all steps that overlap together.
+        routed_groups: KV groups that may be freed or not, by a request's route; counted as if
+            every request kept them, as it is admitted.
     """
 
     request_tokens: int
     held: float
     dense: float
     chunk_tokens: int
+    routed_groups: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.held:.1f} requests of {self.request_tokens} tokens at once in this pool, dense "
-            f"{self.dense:.1f}; up to {self.chunk_tokens} prompt tokens in flight"
+            f"{self.dense:.1f}; up to {self.chunk_tokens} prompt tokens in flight{self._routed}"
         )
+
+    @property
+    def _routed(self) -> str:
+        if not self.routed_groups:
+            return ""
+        return f"; {self.routed_groups} routed KV groups counted as full, more fit as routes free"
 
 
 def concurrency(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Concurrency:
@@ -62,7 +71,12 @@ def concurrency(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Conc
         held=min(usable_blocks / reading, 1.0) + max(0, usable_blocks - reading) / decoding,
         dense=usable_blocks / (-(-request_tokens // specs[0].block_size) * _full_groups(groups)),
         chunk_tokens=min(vllm_config.max_in_flight_tokens, request_tokens),
+        routed_groups=sum(_is_routed(spec) for spec in specs),
     )
+
+
+def _is_routed(spec: KVCacheSpec) -> bool:
+    return isinstance(spec, AfterPromptSpec) and spec.policy.route is not None
 
 
 def _full_groups(groups: Sequence[KVCacheGroupSpec]) -> float:
@@ -87,6 +101,6 @@ def _read_blocks(spec: KVCacheSpec, num_tokens: int, in_flight_tokens: int) -> i
 
 def _decode_blocks(spec: KVCacheSpec, num_tokens: int, in_flight_tokens: int) -> int:
     """Held behind the prompt."""
-    if isinstance(spec, AfterPromptSpec):
+    if isinstance(spec, AfterPromptSpec) and spec.policy.route is None:
         return spec.policy.behind.held_blocks(num_tokens, in_flight_tokens, spec.block_size)
     return _read_blocks(spec, num_tokens, in_flight_tokens)

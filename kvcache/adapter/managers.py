@@ -156,7 +156,36 @@ class SpanManager(FreeingManager, SlidingWindowManager):
         return None
 
 
-class KeepAllManager(FullAttentionManager):
+class _RereadingManager(FullAttentionManager):
+    """Full attention, in which the last tokens of a request are computed even where they are
+    cached, as many as the policy says.
+    """
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KeepAllSpec | AfterPromptSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """vLLM's, of what may be hit. Tokens of whole blocks alone are counted, so that lookups of
+        several groups, each limited by the one before, do not add up.
+        """
+        hashed_tokens = len(block_hashes) * block_pool.hash_block_size
+        if kv_cache_spec.policy.reread_tokens:
+            usable_tokens = max(0, hashed_tokens - kv_cache_spec.policy.reread_tokens)
+            max_length = min(max_length, usable_tokens)
+        found: tuple[tuple[list[KVCacheBlock], ...], int] = super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
+        )
+        return found
+
+
+class KeepAllManager(_RereadingManager):
     """Full attention; generated blocks stay out of the prefix cache where the policy says so."""
 
     def __init__(self, kv_cache_spec: KeepAllSpec, **kwargs: Any) -> None:
@@ -171,13 +200,44 @@ class KeepAllManager(FullAttentionManager):
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 
-class AfterPromptManager(FreeingManager, FullAttentionManager):
+class RoutedManager:
+    """Put before a manager in the bases: what is known of requests' routes.
+
+    A route is kept, through preemptions, until the request ends (``RoutingScheduler``).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._routes: dict[str, int] = {}
+
+    def learn_route(self, request_id: str, route: int) -> None:
+        """A route, once decided; whoever says it again says the same."""
+        self._routes.setdefault(request_id, route)
+
+    def forget_route(self, request_id: str) -> None:
+        """The request ended."""
+        self._routes.pop(request_id, None)
+
+    def is_sparse(self, request_id: str, group: int | None) -> bool:
+        """Whether a request reads nothing of its gap in a group of layers.
+
+        Args:
+            request_id: of the request.
+            group: that a route decides about; None: none does.
+        """
+        if group is None:
+            return True
+        route = self._routes.get(request_id)
+        return route is not None and not route >> group & 1
+
+
+class AfterPromptManager(RoutedManager, FreeingManager, _RereadingManager):
     """Keeps prompts whole until they are computed, then frees between sinks and span; generated
     blocks stay out of the prefix cache.
 
     A request that asks for all of its context (``vllm_xargs.sparse: "off"`` in its first chunk)
-    frees nothing. vLLM shows requests to managers of a prefix cache alone, so that front ends
-    refuse the option where there is none.
+    frees nothing, and where routes decide, none does before its own is known. vLLM shows requests
+    to managers of a prefix cache alone, so that front ends refuse the option where there is none.
     """
 
     def __init__(self, kv_cache_spec: AfterPromptSpec, **kwargs: Any) -> None:
@@ -211,6 +271,8 @@ class AfterPromptManager(FreeingManager, FullAttentionManager):
         chunk is read, and are made up for.
         """
         if num_prompt_tokens is None or request_id in self._whole:
+            return
+        if not self.is_sparse(request_id, self._policy.route):
             return
         self.free_gap(
             request_id,

@@ -17,18 +17,17 @@ import numpy as np
 import torch
 
 from kvcache.spans import Span
-from scripts.flux_offline.routed import RoutedModel
-from scripts.flux_offline.routed_prompts import RoutedPrompt, make_prompts
 from scripts.flux_offline.routing_compare import SHARES, Comparison
-from scripts.flux_offline.routing_fit import greedy_order, prefix_masks
-from scripts.flux_offline.routing_study import Study
 from vllm_ext.calibration.data import corpora
-from vllm_ext.evaluation.prompts import needle_prompts, text_prompts
+from vllm_ext.calibration.routed import RoutedModel
+from vllm_ext.calibration.routed_prompts import make_prompts
+from vllm_ext.calibration.routing_fit import greedy_order, prefix_masks
+from vllm_ext.calibration.routing_study import Study
+from vllm_ext.cli.flux_prompts import held_out
 
 STARTED = time.monotonic()
 FIT_LENGTHS_TOKENS = (1024, 2048, 4096)
 TEST_LENGTHS_TOKENS = (1024, 2048, 4096, 7680)
-NEEDLE_KINDS = ("passkey", "multi_key")
 NUM_RANDOM = 24
 COMBINATIONS = np.array([[number >> place & 1 for place in range(3)] for number in range(8)], bool)
 
@@ -95,10 +94,11 @@ class Experiment:
         tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
         texts = [tokenizer(text)["input_ids"] for text in corpora(None)]
         fit_lengths = [n for n in FIT_LENGTHS_TOKENS if n <= settings.longest]
+        test_lengths = [n for n in TEST_LENGTHS_TOKENS if n <= settings.longest]
         number = -(-settings.prompts // 3)
         sets = {
             "fit": make_prompts(tokenizer, random.Random(11), texts, fit_lengths, number),
-            "test": held_out(tokenizer, -(-settings.held_out // 3), settings.longest),
+            "test": held_out(tokenizer, -(-settings.held_out // 3), test_lengths),
         }
         for name, prompts in sets.items():
             study = Study(self._model, tokenizer, prompts, settings.answer_tokens)
@@ -164,37 +164,6 @@ class Experiment:
 
     def _echo(self, text: str) -> None:
         print(f"[{self._spent_s():6.1f} s] {text}", flush=True)
-
-
-def held_out(tokenizer: Any, number: int, longest_tokens: int) -> list[RoutedPrompt]:
-    """As many of each kind; other texts than those of the fit, half of the needles other too."""
-    source = random.Random(1_000_003)
-    lengths = [n for n in TEST_LENGTHS_TOKENS if n <= longest_tokens]
-    texts = text_prompts(tokenizer, 7, 12, lengths[-1] + 512, None)
-    prompts = make_prompts(tokenizer, source, texts, lengths, number)
-    half = number // 2
-    others = [
-        one
-        for length in lengths
-        for one in needle_prompts(
-            tokenizer,
-            length,
-            {kind: [1] for kind in NEEDLE_KINDS},
-            [length],
-            [source.random() for _ in range(half)],
-        )
-    ]
-    source.shuffle(others)
-    others.sort(key=lambda one: one.length_tokens)
-    spread = others[:: max(1, len(others) // half)][:half] if half else []
-    # Those in a text: the fit knows the fillers.
-    hidden = [one for place, one in enumerate(prompts[::3]) if place % 3 != 1 or number < 6]
-    retrieval = hidden[: number - len(spread)]
-    return [
-        *retrieval,
-        *(RoutedPrompt("retrieval", o.length_tokens, o.ids, o.answers) for o in spread),
-        *(one for one in prompts if one.kind != "retrieval"),
-    ]
 
 
 def main() -> None:

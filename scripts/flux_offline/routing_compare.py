@@ -6,33 +6,35 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from scripts.flux_offline.routed_prompts import KINDS
-from scripts.flux_offline.routing_fit import (
+from scripts.flux_offline.routing_report import (
+    HEADER,
+    combined_policy,
+    line,
+    nested_policy,
+    static_lines,
+)
+from vllm_ext.calibration.routed_prompts import KINDS
+from vllm_ext.calibration.routing_fit import (
     fit_router,
     nested_depths,
     oracle_depths,
     threshold_for,
 )
-from scripts.flux_offline.routing_report import (
-    HEADER,
+from vllm_ext.calibration.routing_outcomes import (
     Outcome,
     Policy,
     Variants,
     auc,
-    combined_policy,
-    line,
+    is_needed,
     mean_counted,
-    nested_policy,
-    static_lines,
 )
 
 SHARES = (0.3, 0.4, 0.5)
-NEEDED_KL = 0.05  # nats
 MOST_PLAIN_SHARE = 0.5  # of full layers, for requests that need no retrieval
 
 
 class Comparison:
-    """Of arrays as ``scripts/flux_offline.py`` writes them.
+    """Of arrays as ``python -m scripts.flux_offline`` writes them.
 
     Args:
         arrays: by name.
@@ -131,7 +133,7 @@ class Comparison:
         held, folds = [], []
         for place, group in enumerate(groups):
             column = self._columns_of("forward").start + always + place * len(group)
-            needed = [_is_needed(one, column, self._whole()) for one in (fit, test)]
+            needed = [is_needed(one, column, self._whole()) for one in (fit, test)]
             router, logits = fit_router(self._features("fit", features, group), needed[0], 0)
             held.append(router.logits(self._features("test", features, group)))
             folds.append(logits)
@@ -180,9 +182,3 @@ class Comparison:
         counted = self._arrays["test_is_counted"]
         lazy = Variants(masks, mean_counted(kl, counted), mean_counted(agrees, counted), hits)
         return lambda share: lazy.pick(np.full(len(kl), SHARES.index(share)))
-
-
-def _is_needed(variants: Variants, column: int, whole: int) -> np.ndarray:
-    """Bool ``[prompts]``: this variant is far from dense, or loses a key that dense finds."""
-    lost = variants.hits[:, column] < variants.hits[:, whole]
-    return np.asarray((variants.kl[:, column] > NEEDED_KL) | lost)

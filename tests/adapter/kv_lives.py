@@ -28,6 +28,8 @@ def end(world: World) -> None:
     for life in list(world.lives):
         if life.is_running:
             world.stop(life, "abort")
+    world.routes.begin()
+    assert world.routes.known() <= {life.request.request_id for life in world.lives}
     pool = world.manager.block_pool
     assert pool.get_num_free_blocks() == world.num_blocks - 1
     assert all(block.ref_cnt == 0 for block in pool.blocks if not block.is_null)

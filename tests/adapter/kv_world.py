@@ -36,6 +36,7 @@ from kvcache.adapter.specs import policies_of_groups, with_policies
 from kvcache.grouping import check_groups
 from kvcache.retention import AfterPrompt, RetentionPolicy, SpanRetention
 from kvcache.spans import Span
+from tests.adapter.kv_routes import Routes
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class World:
         self.content: dict[int, tuple[int, int, int, bool]] = {}
         self.events: Counter[str] = Counter()
         self._hasher = get_request_block_hasher(scale.block, sha256)
+        groups = {policy.route for policy in self.policies if isinstance(policy, AfterPrompt)}
+        self.routes = Routes(self.manager, len(groups - {None}), random.Random(seed + 1))
         self._families = [[family] * (2 * scale.max_len // 3) for family in range(3)]
 
     def request(self, tokens: Sequence[int], extra_args: dict[str, Any] | None = None) -> Life:
@@ -144,6 +147,7 @@ class World:
             block_hasher=self._hasher,
         )
         self.lives.append(Life(request))
+        self.routes.arrive(request)
         self.events["arrive"] += 1
         return self.lives[-1]
 
@@ -181,6 +185,7 @@ class World:
         """A chunk of the request, of any size; False where the pool has too few blocks."""
         request = life.request
         hit, num_hit = None, 0
+        self.routes.begin()
         if not life.is_running:
             hit, num_hit, _ = self.manager.get_computed_blocks(request)
             self.events["hit" if num_hit else "miss"] += 1
@@ -205,6 +210,8 @@ class World:
         life.num_computed = life.request.num_computed_tokens = start + count
         life.under_way.append(count)
         self._write(life, start)
+        if life.num_computed >= life.prompt_end and not life.wants_all:
+            self.routes.decide(life.request.request_id)
 
     def _settle(self, life: Life) -> None:
         """Steps end, in order; as many may overlap as the engine has batches."""
@@ -241,6 +248,7 @@ class World:
         life.was_preempted = True
         if how != "preempt":
             self.lives.remove(life)
+            self.routes.end(life.request.request_id)
         self.events[how] += 1
 
     def _write(self, life: Life, start: int) -> None:
@@ -264,6 +272,8 @@ class World:
         """What the next query sees is in the hit, and nothing that was computed sparsely."""
         for group, (policy, blocks) in enumerate(zip(self.policies, hit, strict=True)):
             assert num_hit == self.scale.block * len(blocks)
+            reread_tokens = getattr(policy, "reread_tokens", 0)
+            assert num_hit <= max(0, life.request.num_tokens - max(1, reread_tokens))
             self._check_readable(life, group, blocks, num_hit, num_hit)
             for block in blocks:
                 is_dense = block.is_null or self.content[block.block_id][3]
@@ -305,7 +315,7 @@ class World:
         policy, seen_from, sinks = self.policies[group], 0, 0
         if isinstance(policy, SpanRetention):
             seen_from, sinks = _first_seen(policy.span, position), policy.span.sink_tokens
-        if isinstance(policy, AfterPrompt) and position >= life.prompt_end and not life.wants_all:
+        if isinstance(policy, AfterPrompt) and self._is_narrow(life, policy, position):
             seen_from, sinks = _first_seen(policy.span, position), policy.span.sink_tokens
         for index, block in enumerate(blocks):
             first = index * self.scale.block
@@ -313,6 +323,12 @@ class World:
             if first < end and (first < sinks or end > seen_from):
                 assert not block.is_null, f"block {index} is needed, and gone"
                 assert self.content[block.block_id][:3] == (group, life.prefix(end), end)
+
+    def _is_narrow(self, life: Life, policy: AfterPrompt, position: int) -> bool:
+        """Whether queries from a position on see their span alone."""
+        if position < life.prompt_end or life.wants_all:
+            return False
+        return not self.routes.is_whole(life.request.request_id, policy.route)
 
 
 def _first_seen(span: Span, position: int) -> int:

@@ -37,7 +37,7 @@ from attn_backends.ops.dispatch import OpImpl
 from attn_backends.ops.resolution import Ops
 from kvcache.spans import EVERYTHING_TOKENS
 from tests.adapter.layers import attention_layer
-from tests.flux_profile import write_profile
+from tests.flux_profile import write_profile, write_routed_profile
 
 LAYERS, KV_HEADS, HEADS, HEAD, BLOCK, BLOCKS = 4, 2, 4, 64, 32, 12
 MAX_MODEL_LEN, MAX_REQS, MAX_TOKENS = 2048, 16, 256
@@ -204,15 +204,26 @@ class _Runner:
         return self._run(metadata, padded)
 
 
+def _flux_profile(path: Path, is_routed: bool) -> str:
+    """Layer 0 is full, or all but the last are routed one by one, each request another way."""
+    if not is_routed:
+        return write_profile(path, LAYERS, KV_HEADS, [0])
+    groups = [[layer] for layer in range(LAYERS - 1)]
+    router = {"weights": torch.ones(len(groups), LAYERS, KV_HEADS)}
+    router |= {"log_tokens": torch.zeros(len(groups)), "bias": torch.zeros(len(groups))}
+    return write_routed_profile(path, [], groups, router)
+
+
 # MOA keeps heads apart, which is refused under graphs.
-@pytest.mark.parametrize("method", sorted({*REGISTRY} - {"MOA"}))
+@pytest.mark.parametrize("method", sorted({*REGISTRY} - {"MOA"} | {"FLUX routed"}))
 def test_what_is_captured_is_right_for_every_padded_batch(
     method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {}
+    method, *routed = method.split()
     if load_method(method).needs_profile:
         assert method == "FLUX", "write a profile for it here"
-        settings = {"profile": write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS, [0])}
+        settings = {"profile": _flux_profile(tmp_path / "profile.json", bool(routed))}
     runner = _Runner(method, monkeypatch, settings)
     support = type(runner.builder).get_cudagraph_support(runner.vllm_config, None)
     assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE

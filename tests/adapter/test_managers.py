@@ -33,6 +33,8 @@ POLICIES: dict[str, tuple[RetentionPolicy, ...]] = {
     "policy": (KeepAll(False), SpanRetention(Span(4, 9), caches_generated=False)),
     "after-prompt": (ANSWERS,),
     "full-and-after-prompt": (KeepAll(False), ANSWERS, AfterPrompt(Span(0, 5))),
+    "routed": (KeepAll(False, 9), *(AfterPrompt(Span(6, 13), group, 9) for group in (0, 1, None))),
+    "forced": (AfterPrompt(Span(6, 13), 0), AfterPrompt(Span(4, 9), 1)),
     "full-and-spans": (KeepAll(), KeepAll(False), SpanRetention(Span(4, 9)), ELASTIC),
 }
 
@@ -58,6 +60,8 @@ def test_ten_thousand_events_leave_nothing_lost_and_nothing_owned_twice(
         event(world)
         world.check()
     assert EVENTS | ({"hit"} if caching else set()) <= set(world.events)
+    for manager in world.manager.coordinator.single_type_managers:
+        assert getattr(manager, "num_freed_blocks", 1), "a gap was never freed"
     end(world)
 
 

@@ -15,7 +15,7 @@ from attn_backends.batch import PagedBatch
 from attn_backends.config import ConfigError
 from attn_backends.layer_step import LayerStep, StepBatch, ops_of
 from attn_backends.method import Geometry, StepRows
-from attn_backends.methods.flux import METHOD, FluxConfig
+from attn_backends.methods.flux import METHOD, FluxConfig, FluxSection
 from attn_backends.ops.dispatch import OpContext
 from attn_backends.ops.resolution import ORDER_OF_DEVICE, resolve_ops
 from attn_backends.plan import LayerRole, LayerSchedule, RowReason, Selected
@@ -204,3 +204,37 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
         METHOD.schedule(FluxConfig(profile=path), geometry)
     with pytest.raises(ValueError, match=r"full_layers has \[4\]; layers are 0 to 3"):
         write_profile(tmp_path / "q.json", 4, 2, [4])
+
+
+ROUTED = {
+    "full_layers": [1],
+    "routed_groups": [[0, 2], [3]],
+    "sink_tokens": 40,
+    "window_tokens": 128,
+    "router_file": "router.safetensors",
+    "router_sha256": "0" * 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"router_file": None}, "routed_groups need router_file"),
+        ({"router_sha256": None}, "routed_groups need router_file"),
+        ({"routed_groups": []}, "there are none; drop them"),
+        ({"routed_groups": [[0, 2], [2]]}, r"layers \[2\] cannot be both in routed_groups\[0\]"),
+        ({"routed_groups": [[0, 1]]}, r"layers \[1\] cannot be both in full_layers"),
+        ({"routed_groups": [[0, 0]]}, r"routed_groups\[0\] names a layer twice"),
+        ({"routed_groups": [[4]]}, r"routed_groups\[0\] has \[4\]; layers are 0 to 3"),
+        ({"routed_groups": [[]]}, "at least 1 item"),
+        ({"router_file": "../router.safetensors"}, "router_file"),
+        ({"router_file": "router.pt"}, "router_file"),
+        ({"evidence_tokens": 0}, "evidence_tokens"),
+    ],
+)
+def test_routed_groups_that_cannot_be_served_are_refused(
+    change: dict[str, object], message: str
+) -> None:
+    FluxSection.model_validate(ROUTED).require_shape(4, 2)
+    with pytest.raises(ValueError, match=message):
+        FluxSection.model_validate(ROUTED | change).require_shape(4, 2)

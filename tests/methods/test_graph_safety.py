@@ -28,6 +28,7 @@ from attn_backends.ops.resolution import ORDER_OF_DEVICE, Ops, resolve_ops
 from attn_backends.plan import LayerPlan
 from kvcache.layout import PagedKVLayout, kv_views
 from kvcache.spans import EVERYTHING_TOKENS
+from tests.flux_profile import write_routed_profile
 from tests.profiles import NUM_KV_HEADS, NUM_LAYERS, write_profile
 
 ROWS, QUERY_HEADS, HEAD, BLOCK = 3, 4, 32, 32
@@ -37,10 +38,13 @@ BLOCKS = MAX_MODEL_LEN // BLOCK
 ORDER = ORDER_OF_DEVICE["cpu"]
 GEOMETRY = Geometry(LAYERS, KV_HEADS, QUERY_HEADS, HEAD, BLOCK, 8, MAX_MODEL_LEN)
 BY_HAND = "by hand"  # stands for a profile that the test writes
+ROUTED = "routed"  # and for one with routers
 # Besides its defaults, what a method can be told that changes what its layers do.
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *[(name, {}) for name in REGISTRY if not load_method(name).needs_profile],
     *[(name, {"profile": BY_HAND}) for name in REGISTRY if load_method(name).profile_section],
+    ("FLUX", {"profile": ROUTED}),
+    ("FLUX", {"profile": ROUTED, "routes": "full"}),
     ("TIDAL_DECODE", {"anchor_attention": "full"}),
     (
         "TIDAL_DECODE",
@@ -173,6 +177,12 @@ class _Engine:
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """A case's own; spans of heads come from a file, which no model of the tests has."""
     given: dict[str, Any] = request.param
+    if given.get("profile") == ROUTED:
+        shape = (2, LAYERS, KV_HEADS)
+        router = {"weights": torch.ones(shape), "log_tokens": torch.zeros(2)}
+        router["bias"] = torch.tensor([1.0, -1.0])
+        path = tmp_path / "profile.json"
+        return given | {"profile": write_routed_profile(path, [0], [[1, 3], [2]], router)}
     if given.get("profile") == BY_HAND:
         return given | {"profile": write_profile(tmp_path / "profile.json")}
     return given

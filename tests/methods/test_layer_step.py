@@ -154,7 +154,7 @@ def test_an_audit_reads_everything_in_one_row_alone() -> None:
 def test_a_split_layer_refuses_what_it_would_serve_wrongly() -> None:
     layer = _Layer()
     choosing = layer.selector.plan(step_rows([340, 200, 300])).layers[0]
-    witnessed = LayerPlan(Dense(), witness=lambda query, key_cache, batch: None)
+    witnessed = LayerPlan(Dense(), witness=lambda query, key_cache, batch, scale: None)
     batch = StepBatch(decode=_batch([340, 200, 300]), prefill=None)
     places = HeadPlaces([0] * KV_HEADS, range(KV_HEADS), BLOCK, CPU)
     for plan in (choosing, witnessed):
@@ -167,8 +167,10 @@ def test_a_witness_sees_the_prefill_rows_alone() -> None:
     layer = _Layer()
     seen: list[tuple[torch.Tensor, list[int]]] = []
 
-    def witness(query: torch.Tensor, key_cache: torch.Tensor, batch: PagedBatch) -> None:
-        assert key_cache.shape[1:] == (KV_HEADS, BLOCK, HEAD)
+    def witness(
+        query: torch.Tensor, key_cache: torch.Tensor, batch: PagedBatch, scale: float
+    ) -> None:
+        assert (key_cache.shape[1:], scale) == ((KV_HEADS, BLOCK, HEAD), SCALE)
         seen.append((query, batch.seq_lens.tolist()))
 
     # One decode row, then two rows of one prompt token each.

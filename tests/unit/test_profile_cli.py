@@ -29,7 +29,10 @@ from vllm_ext.cli import main
         (["MODEL", "--output", "p.json", "--block-size", "0"], ["--block-size", "at least 1"]),
         (["MODEL", "--output", "p.json", "--budget-tokens", "64"], ["--budget-tokens", "96"]),
         (["MODEL", "--check", "gone.json"], ["gone.json", "cannot be read"]),
-        (["MODEL", "--output", "p.json", "--method", "flux"], ["--method", "tidal_decode, moa"]),
+        (
+            ["MODEL", "--output", "p.json", "--method", "quest"],
+            ["--method", "tidal_decode, moa, flux"],
+        ),
         (
             ["MODEL", "--method", "moa", "--output", "p.json", "--density", "1.5"],
             ["--density", "at most 1"],
@@ -40,6 +43,19 @@ from vllm_ext.cli import main
         ),
         (["nowhere", "--method", "moa", "--output", "p.json"], ["nowhere", "config.json"]),
         (["MODEL", "--method", "moa", "--output", "OTHER"], ["--output", "is not valid"]),
+        (
+            ["MODEL", "--method", "flux", "--output", "p.json", "--share", "1"],
+            ["--share", "below 1"],
+        ),
+        (["MODEL", "--method", "flux", "--output", "a b.json"], ["--output", "routers' file"]),
+        (
+            ["MODEL", "--method", "flux", "--output", "p.json", "--window-tokens", "4000"],
+            ["--context-tokens", "at least 4320"],
+        ),
+        (
+            ["MODEL", "--method", "flux", "--output", "p.json", "--prompts", "9"],
+            ["--prompts", "15"],
+        ),
     ],
 )
 def test_mistakes_are_one_line(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kvcache.spans import Span
-from scripts.flux_offline.routed import RoutedModel
-from scripts.flux_offline.routed_attention import POOLED_QUERIES, Prompted
+from vllm_ext.calibration.routed import RoutedModel
+from vllm_ext.calibration.routed_attention import POOLED_QUERIES, Prompted
 
 SPAN = Span(4, 16)
 LAYERS, HEADS, KV_HEADS = 4, 6, 2

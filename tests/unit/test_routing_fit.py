@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scripts.flux_offline.routing_fit import (
+from scripts.flux_offline.routing_report import Variants, combined_policy
+from vllm_ext.calibration.routing_fit import (
     fit_logistic,
     fit_router,
     greedy_order,
@@ -14,7 +15,6 @@ from scripts.flux_offline.routing_fit import (
     prefix_masks,
     threshold_for,
 )
-from scripts.flux_offline.routing_report import Variants, combined_policy
 
 
 @pytest.mark.parametrize("num_features", [3, 60])

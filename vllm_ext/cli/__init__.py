@@ -15,7 +15,7 @@ COMMANDS = {  # in the order of --help: the first four are a newcomer's
     "demo-model": ("vllm_ext.demo_model", "prepare the demo model"),
     "methods": ("vllm_ext.cli.methods", "what each method reads, frees and cannot do"),
     "serve": ("vllm_ext.cli.serve", "start an OpenAI-compatible server"),
-    "profile": ("vllm_ext.cli.profile", "calibrate TIDAL_DECODE or MOA for a checkpoint"),
+    "profile": ("vllm_ext.cli.profile", "calibrate TIDAL_DECODE, MOA or FLUX for a checkpoint"),
     "eval": ("vllm_ext.cli.eval", "fidelity of the methods against dense"),
     "bench": ("vllm_ext.cli.bench", "decode time, capacity and kernels, against stock vLLM"),
 }

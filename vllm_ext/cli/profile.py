@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from vllm_ext.cli import profile_anchors, profile_moa
+from vllm_ext.cli import profile_anchors, profile_flux, profile_moa
 from vllm_ext.errors import UserError
 
-CALIBRATORS = {"tidal_decode": profile_anchors.main, "moa": profile_moa.main}
+CALIBRATORS = {
+    "tidal_decode": profile_anchors.main,
+    "moa": profile_moa.main,
+    "flux": profile_flux.main,
+}
 DEFAULT = "tidal_decode"
 
 

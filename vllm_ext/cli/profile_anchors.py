@@ -30,7 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-ext profile",
         description="Find anchor layers and head maps of a checkpoint for TIDAL_DECODE. With "
-        "--method moa: what each KV head needs to see; `vllm-ext profile --method moa --help`.",
+        "--method moa: what each KV head needs to see; --method flux: which layers must read "
+        "everything (`vllm-ext profile --method moa --help`).",
     )
     parser.add_argument("model", help="model folder (Llama, Qwen or Mistral style)")
     target = parser.add_mutually_exclusive_group(required=True)

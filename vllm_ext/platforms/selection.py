@@ -42,6 +42,7 @@ WORKERS = {  # vLLM's, ours where no method serves, and where one does
         f"{_OURS}.ExtGPUWorker",
     ),
 }
+_SCHEDULER = "kvcache.adapter.scheduler.Routing{}Scheduler"
 RUST_FRONTEND_ENV = "VLLM_USE_RUST_FRONTEND"
 _active: dict[str, Any] = {}  # what this front-end process serves, for checks of requests
 
@@ -82,6 +83,8 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
         # Asked for here already: a bad profile or policy must not wait for workers.
         schedule = method.schedule(config, geometry_of(vllm_config))
         _check_entries(method, vllm_config, device_type)
+        if schedule.routed_groups:
+            _choose_scheduler(method, vllm_config)
     _choose_worker(vllm_config, device_type, is_served=not reasons)
     _active.update(method=method, config=config, is_served=not reasons, schedule=schedule)
     _active["has_prefix_cache"] = bool(cache.enable_prefix_caching)
@@ -105,6 +108,23 @@ def _choose_worker(vllm_config: VllmConfig, device_type: str, is_served: bool) -
     parallel = vllm_config.parallel_config
     if parallel.worker_cls in WORKERS[device_type]:
         parallel.worker_cls = WORKERS[device_type][2 if is_served else 1]
+
+
+def _choose_scheduler(method: SparseMethod, vllm_config: VllmConfig) -> None:
+    """One that learns of routes; the builtin platform has decided about async scheduling by now.
+
+    Raises:
+        ConfigError: the user chose another one.
+    """
+    scheduler = vllm_config.scheduler_config
+    ours = _SCHEDULER.format("Async" if scheduler.async_scheduling else "Sync")
+    if scheduler.scheduler_cls not in (None, ours):
+        raise ConfigError(
+            f"{method.name} frees by requests' routes, of which --scheduler-cls "
+            f"{scheduler.scheduler_cls} would not learn; drop it, or use a profile without "
+            "routed_groups"
+        )
+    scheduler.scheduler_cls = ours
 
 
 def _check_entries(method: SparseMethod, vllm_config: VllmConfig, device_type: str) -> None:

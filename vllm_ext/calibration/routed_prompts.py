@@ -48,7 +48,7 @@ def make_prompts(
     """As many of each kind, lengths and texts by turns.
 
     Args:
-        tokenizer: of the model, with a chat template.
+        tokenizer: of the model.
         source: of randomness.
         texts: tokens to cut prompts from, each longer than a prompt.
         lengths_tokens: of the prompts, about.
@@ -65,11 +65,20 @@ def make_prompts(
         prompts.append(RoutedPrompt("text", length_tokens, ids))
         excerpt = tokenizer.decode(_stretch(source, text, length_tokens - _TEMPLATE_TOKENS))
         content = source.choice(_INSTRUCTIONS).format(text=excerpt)
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        prompts.append(RoutedPrompt("instruction", length_tokens, ids))
+        prompts.append(RoutedPrompt("instruction", length_tokens, _asked(tokenizer, content)))
     return prompts
+
+
+def _asked(tokenizer: Any, content: str) -> list[int]:
+    """As a user's message, or plainly where the model knows no chat."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        ids: list[int] = tokenizer(content)["input_ids"]
+        return ids
+    messages = [{"role": "user", "content": content}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+    return ids
 
 
 def _stretch(source: random.Random, text: list[int], num_tokens: int) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 
 from kvcache.spans import Span
-from scripts.flux_offline.routed_attention import DenseReading, Prompted, RoutedAnswer
+from vllm_ext.calibration.routed_attention import DenseReading, Prompted, RoutedAnswer
 
 NAME = "vllm_ext_routes"
 LOGITS_BYTES = {"cuda": 1 << 31, "cpu": 1 << 27}  # at once, of attention or the vocabulary

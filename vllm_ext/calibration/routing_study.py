@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from scripts.flux_offline.routed import Evidence, RoutedModel
-from scripts.flux_offline.routed_attention import Prompted
-from scripts.flux_offline.routed_prompts import KINDS, RoutedPrompt
+from vllm_ext.calibration.routed import Evidence, RoutedModel
+from vllm_ext.calibration.routed_attention import Prompted
+from vllm_ext.calibration.routed_prompts import KINDS, RoutedPrompt
 
 STACKED_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 12}  # of prompts that are computed as one
 MOST_STACKED = 16
@@ -59,7 +59,9 @@ class Study:
         self.prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))
         self.evidence: list[Evidence] = []
         self._model, self._tokenizer = model, tokenizer
-        self._batches = [self._batch(rows, answer_tokens) for rows in self._slices()]
+        self._batches = [
+            self._batch(rows, answer_tokens) for rows in stacks(self.prompts, model.device.type)
+        ]
         self.answers = torch.cat([batch.answers for batch in self._batches]).cpu().numpy()
         is_over = np.cumsum(self.answers == tokenizer.eos_token_id, 1)[:, :-1] > 0
         self.is_counted = ~is_over
@@ -130,15 +132,6 @@ class Study:
             "is_counted": self.is_counted,
         }
 
-    def _slices(self) -> list[slice]:
-        budget = STACKED_TOKENS[self._model.device.type]
-        slices, first = [], 0
-        for number, prompt in enumerate(self.prompts):
-            if number - first == MOST_STACKED or (number + 1 - first) * len(prompt.ids) > budget:
-                slices.append(slice(first, number))
-                first = number
-        return [one for one in (*slices, slice(first, len(self.prompts))) if one.start < one.stop]
-
     def _batch(self, rows: slice, answer_tokens: int) -> Batch:
         parts = []
         for prompt in self.prompts[rows]:
@@ -153,3 +146,19 @@ class Study:
         if masks.ndim == 3:
             return torch.from_numpy(masks[rows])
         return torch.from_numpy(masks).expand(rows.stop - rows.start, -1, -1)
+
+
+def stacks(prompts: Sequence[RoutedPrompt], device: str) -> list[slice]:
+    """Neighbours that are computed as one.
+
+    Args:
+        prompts: shortest first.
+        device: type of the model's.
+    """
+    budget = STACKED_TOKENS[device]
+    found, first = [], 0
+    for number, prompt in enumerate(prompts):
+        if number - first == MOST_STACKED or (number + 1 - first) * len(prompt.ids) > budget:
+            found.append(slice(first, number))
+            first = number
+    return [one for one in (*found, slice(first, len(prompts))) if one.start < one.stop]
