@@ -3,7 +3,8 @@
 1. *Responses* of the dense model itself, to retrieval prompts and natural text, at three lengths.
 2. *Influence* of every rule on every KV head (``influence``), each length and kind of prompt apart.
 3. *Plans*: the least influence under the density budget (``assignment``), at the longest prompts
-   and at all lengths together.
+   and at all lengths together; and once more with as many heads that read everything, but those
+   whose learned gates stay open (``gates``).
 4. *Validation*: prompts that chose nothing, twice as long, with every plan's spans in prefill and
    response, against dense. The plan of the least divergence is written.
 
@@ -34,8 +35,9 @@ from vllm_ext.calibration.assignment import (
     require_solver,
 )
 from vllm_ext.calibration.elastic_prompts import RESPONSE_TOKENS, Prompt, make_prompts
+from vllm_ext.calibration.gates import learned_gates
 from vllm_ext.calibration.influence import Influence
-from vllm_ext.calibration.plans import Plan, both_kinds, never_less, paid
+from vllm_ext.calibration.plans import Plan, both_kinds, never_less, opened, paid
 from vllm_ext.calibration.spanned import SpannedModel
 from vllm_ext.calibration.state import SavedState
 
@@ -43,6 +45,7 @@ from vllm_ext.calibration.state import SavedState
 # lengths that are measured, and starve longer prompts: at twice the length plans with them kept 26
 # to 37% instead of 50, and lost what they were asked for (docs/measurements.md).
 BETAS_64THS = (4, 8, 12, 16, 24, 32, 40, 48)
+NARROW_RULE = 1  # what heads see whose gates are shut
 LENGTH_SHARES = (4, 2, 1)  # of the longest prompt
 VALIDATION_FACTOR = 2  # as long as the longest prompt
 VALIDATION_SEED = 1_000_003
@@ -129,7 +132,9 @@ class Calibration:
             settings.seed + VALIDATION_SEED, [self._validated_tokens()], VALIDATIONS
         )
         influence = self._influence(measured)
-        plans = self._validated(self._plans(influence), validated)
+        plans = self._plans(influence)
+        plans += self._gated(influence, plans[-1])
+        plans = self._validated(plans, validated)
         best = min(plans, key=lambda plan: plan.loss)
         for plan in plans:
             self._echo(plan.line("chosen" if plan is best else "plan"))
@@ -188,6 +193,32 @@ class Calibration:
                 plans.append(Plan(aim, rules, [paid(one, rules) for one in influence.values()]))
         self._progress("planning", len(aims), len(aims))
         return plans
+
+    def _gated(self, influence: dict[int, np.ndarray], like: Plan) -> list[Plan]:
+        """A plan whose full heads are those of the widest gates, as many as of another plan."""
+        full = len(self._rules) - 1
+        costs = np.sum(list(influence.values()), axis=0)
+        if full not in like.rules:
+            return []
+        bound = opened(costs, self._gates(costs), like.rules.count(full))
+        rules = assign(self._program(bound, self._settings.density))
+        spent = [paid(one, rules) for one in influence.values()]
+        return [Plan("all lengths, full heads by gates", rules, spent)]
+
+    def _gates(self, costs: np.ndarray) -> list[float]:
+        name = f"gates {self._settings.density}"
+        if self._state.recall(name) is None:
+            narrow = self._rules[NARROW_RULE]
+            found = learned_gates(
+                self._loaded(),
+                narrow,
+                costs[:, NARROW_RULE],
+                self._settings,
+                lambda done, total: self._progress("learning gates", done, total),
+            )
+            self._state.keep(name, found)
+        known: list[float] = self._state.recall(name)
+        return known
 
     def _program(self, costs: np.ndarray, density: float) -> Program:
         longest = self._settings.context_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,22 @@ def never_less(costs: np.ndarray, kept: np.ndarray) -> np.ndarray:
     risen = costs.copy()
     risen[:, order] = np.maximum.accumulate(costs[:, order], axis=1)
     return risen
+
+
+def opened(costs: np.ndarray, gates: Sequence[float], number: int) -> np.ndarray:
+    """``[heads, rules]`` under which the heads of the widest gates, and no others, get the last
+    rule, which hides nothing.
+
+    Args:
+        costs: ``[heads, rules]``.
+        gates: of the heads.
+        number: of heads.
+    """
+    bound, much = costs.copy(), 100 * float(costs.max())
+    is_open = np.isin(np.arange(len(costs)), np.argsort(gates)[::-1][:number])
+    bound[is_open, :-1] += much
+    bound[~is_open, -1] += much
+    return bound
 
 
 def paid(costs: np.ndarray, rules: list[int]) -> float:

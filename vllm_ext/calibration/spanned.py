@@ -128,32 +128,51 @@ class SpannedModel:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         out = torch.empty_like(query)
-        group, num_tokens = query.shape[1] // self.num_kv_heads, query.shape[2]
+        group = query.shape[1] // self.num_kv_heads
         first_span = module.layer_idx * self.num_kv_heads
         for head, span in enumerate(self._spans[first_span : first_span + self.num_kv_heads]):
             heads = slice(head * group, (head + 1) * group)
-            if span.sees_everything(num_tokens):  # without a mask, which is slow
-                out[:, heads] = scaled_dot_product_attention(
-                    query[:, heads],
-                    key[:, head : head + 1],
-                    value[:, head : head + 1],
-                    is_causal=True,
-                    scale=scaling,
-                    enable_gqa=True,
-                )
-                continue
-            for first in range(0, num_tokens, CHUNK_TOKENS):
-                queries = slice(first, min(first + CHUNK_TOKENS, num_tokens))
-                tokens, mask = _visible(span, queries, key.device)
-                out[:, heads, queries] = scaled_dot_product_attention(
-                    query[:, heads, queries],
-                    key[:, head : head + 1, tokens],
-                    value[:, head : head + 1, tokens],
-                    attn_mask=mask,
-                    scale=scaling,
-                    enable_gqa=True,
-                )
+            mine = slice(head, head + 1)
+            out[:, heads] = attend_span(
+                query[:, heads], key[:, mine], value[:, mine], span, scaling
+            )
         return out.transpose(1, 2).contiguous(), None
+
+
+def attend_span(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    span: Span,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Causal attention of heads that see the same span.
+
+    Args:
+        query: ``[1, num_query_heads, num_tokens, head_size]``.
+        key: ``[1, num_kv_heads, num_tokens, head_size]``; value likewise.
+        span: what every query sees.
+        scaling: of the logits; None is torch's.
+
+    Returns:
+        As ``query``.
+    """
+    num_tokens = query.shape[2]
+    if span.sees_everything(num_tokens):  # without a mask, which is slow
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+    parts = []
+    for first in range(0, num_tokens, CHUNK_TOKENS):
+        queries = slice(first, min(first + CHUNK_TOKENS, num_tokens))
+        tokens, mask = _visible(span, queries, key.device)
+        seen = (key[:, :, tokens], value[:, :, tokens])
+        parts.append(
+            scaled_dot_product_attention(
+                query[:, :, queries], *seen, attn_mask=mask, scale=scaling, enable_gqa=True
+            )
+        )
+    return torch.cat(parts, 2)
 
 
 def _visible(span: Span, queries: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
