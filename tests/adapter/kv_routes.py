@@ -55,7 +55,7 @@ class Routes(RoutingScheduler, _Stock):
 
     def begin(self) -> None:
         """Steps end, some of them, and one begins."""
-        while self._outputs and self._source.random() < 0.3:
+        while self._outputs and self._source.random() < 0.15:
             self.update_from_output(SimpleNamespace(), self._outputs.popleft())
         self.schedule()
         self.finished_req_ids = set()

@@ -54,6 +54,18 @@ def test_figures_of_two_worker_processes_add_up(folder: Path) -> None:
     assert 'vllm_ext:activation_ratio{method="SINK_WINDOW"} 0.75' in text
 
 
+def test_routes_are_counted_by_group(folder: Path) -> None:
+    counters = RowCounters("FLUX")
+    counters.add_routes({(0, "full"): 2, (1, "sparse"): 2})
+    counters.add_routes({(0, "full"): 1, (1, "no_evidence"): 1})
+    registry = CollectorRegistry()
+    registry.register(WorkerFigures(folder))
+    text = generate_latest(registry).decode()
+    for group, route, requests in (("0", "full", 3), ("1", "sparse", 2), ("1", "no_evidence", 1)):
+        labels = f'group="{group}",method="FLUX",route="{route}"'
+        assert f"vllm_ext:routes_total{{{labels}}} {requests}.0" in text
+
+
 ENGINE = """
 import sys
 from attn_backends.adapter.counters import RowCounters

@@ -177,6 +177,10 @@ def test_one_request_reads_its_prompt_while_the_others_decode(
     assert alone.held == pytest.approx(0.5, abs=0.01)
 
 
+def _routed(policy: RetentionPolicy) -> RetentionPolicy:
+    return replace(policy, route=0) if isinstance(policy, AfterPrompt) else policy
+
+
 def test_behind_their_prompts_requests_hold_what_answers_see(vllm_config: VllmConfig) -> None:
     """A group of full layers, and two that keep prompts whole."""
     kinds = [KeepAll(), AfterPrompt(Span(64, 512)), AfterPrompt(Span(64, 512))]
@@ -191,6 +195,13 @@ def test_behind_their_prompts_requests_hold_what_answers_see(vllm_config: VllmCo
     found = concurrency(config, KVCacheConfig(1 + 4 * 3 * 256, [], groups))
     assert found.dense == 4
     assert found.held == pytest.approx(1 + 3 * 3 * 256 / (256 + 2 * (2 + 17)))
+    assert "routed" not in str(found)
+    routed = {name: _routed(policy) for name, policy in planned.items()}
+    specs = with_policies(dict.fromkeys(routed, HEAD), routed, IN_FLIGHT, MAX_LEN)
+    groups = get_kv_cache_groups(vllm_config, dict(specs))
+    found = concurrency(config, KVCacheConfig(1 + 4 * 3 * 256, [], groups))
+    assert found.held == pytest.approx(4), "admission counts every route as full"
+    assert "2 routed KV groups counted as full, more fit as routes free" in str(found)
     del planned["layer.0"], planned["layer.3"]  # 8 and 20: three groups, and padding
     specs = with_policies(dict.fromkeys(planned, HEAD), planned, IN_FLIGHT, MAX_LEN)
     groups = get_kv_cache_groups(vllm_config, dict(specs))
