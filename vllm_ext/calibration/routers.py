@@ -25,6 +25,7 @@ from vllm_ext.calibration.routing_outcomes import Outcome, Variants, is_needed
 
 JOINT_L2 = (0.01, 0.03, 0.1)
 FINALISTS = 5  # splits that are trained at every strength
+LEAST_TAKEN = 0.05  # of the prompts, at every depth
 FEW_WITNESSES = (4, 8)  # layers whose evidence may do instead of all layers'
 # Nats beyond which an answer is another one; how far beyond is chance, and would rule the fit.
 FAR_KL = 0.1
@@ -102,7 +103,8 @@ class Fit:
         coefficients: ``[features, groups]``.
         bias: ``[groups]``, with the threshold of the share taken off.
         folds: what the prompts get from routers that did not see them.
-        loss: mean cost of the folds; what chooses among fits.
+        loss: mean cost of the folds.
+        least_taken: share of these prompts at the depth that fewest take.
     """
 
     split: Split
@@ -111,6 +113,14 @@ class Fit:
     bias: np.ndarray
     folds: Outcome
     loss: float
+    least_taken: float
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """What chooses among fits, the least first: a depth that nobody takes is a KV group for
+        nothing.
+        """
+        return self.least_taken < LEAST_TAKEN, self.loss
 
     def router(self, num_layers: int) -> Router:
         """The same in the shape of a file."""
@@ -142,14 +152,14 @@ class RouterFits:
         if not known:
             return []
         joint = [self.joint(split, JOINT_L2[1:2]) for split in known]
-        finalists = sorted(joint, key=lambda fit: fit.loss)[:FINALISTS]
-        best = min((self.joint(fit.split) for fit in finalists), key=lambda fit: fit.loss)
+        finalists = sorted(joint, key=lambda fit: fit.rank)[:FINALISTS]
+        best = min((self.joint(fit.split) for fit in finalists), key=lambda fit: fit.rank)
         fewer = [self._with_witnesses(best, number) for number in FEW_WITNESSES]
         fits = [
-            min((self.logistic(split) for split in known), key=lambda fit: fit.loss),
-            min((*fewer, best), key=lambda fit: fit.loss),
+            min((self.logistic(split) for split in known), key=lambda fit: fit.rank),
+            min((*fewer, best), key=lambda fit: fit.rank),
         ]
-        return sorted(fits, key=lambda fit: fit.loss)
+        return sorted(fits, key=lambda fit: fit.rank)
 
     def logistic(self, split: Split) -> Fit:
         """A regression for each group: is its request far from dense without it?"""
@@ -189,7 +199,7 @@ class RouterFits:
             # Of each prompt the scores by the fit that did not see it.
             unseen = scores[self._fold, np.arange(len(costs))]
             fits.append(self._fit(split, "joint", weights[-1], bias[-1], unseen))
-        return min(fits, key=lambda fit: fit.loss)
+        return min(fits, key=lambda fit: fit.rank)
 
     def _with_witnesses(self, fit: Fit, number: int) -> Fit:
         """The same split on the evidence of the layers that weigh most: an engine then collects
@@ -229,4 +239,6 @@ class RouterFits:
         )
         depths = nested_depths(scores, threshold)
         costs = self._prompts.costs(split.numbers())[np.arange(len(depths)), depths]
-        return Fit(split, kind, weights, bias - threshold, nested.pick(depths), float(costs.mean()))
+        taken = np.bincount(depths, minlength=len(shares)) / len(depths)
+        folds, loss = nested.pick(depths), float(costs.mean())
+        return Fit(split, kind, weights, bias - threshold, folds, loss, float(taken.min()))
