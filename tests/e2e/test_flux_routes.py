@@ -80,7 +80,7 @@ def routed(
     masses = _evidence(model_path, job["prompts"])
     scores = torch.einsum("glh,plh->gp", weights, masses)
     bias = torch.zeros(2)
-    for group, rank in enumerate((1, 2)):  # the first asks for all prompts but one
+    for group, rank in enumerate((2, 3)):  # the first asks for two prompts, the second for one
         ranked = scores[group].sort().values
         bias[group] = -ranked[rank - 1 : rank + 1].mean()
         assert ranked[rank] - ranked[rank - 1] > 2 * LEAST_MARGIN
