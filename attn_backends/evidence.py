@@ -6,8 +6,9 @@ of a prompt are the same, up to rounding, however it was chunked and beside what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -48,22 +49,32 @@ def gap_mass(
     folded = folded.permute(1, 0, 2, 3).reshape(num_kv_heads, num_queries * group, head_size)
     positions = torch.arange(first_position, num_tokens, device=query.device)
     positions = positions.repeat_interleave(group)[:, None]
-    best = folded.new_full((*folded.shape[:2], 1), -torch.inf)
-    mass, total = torch.zeros_like(best), torch.zeros_like(best)
-    step = max(1, PIECE_TOKENS // block_size)
-    for first in range(0, -(-num_tokens // block_size), step):
-        blocks = block_table[first : min(first + step, -(-num_tokens // block_size))].long()
-        keys = key_cache[blocks].transpose(0, 1).flatten(1, 2).float()
-        tokens = torch.arange(keys.shape[1], device=query.device) + first * block_size
+    total = folded.new_full(folded.shape[:2], -torch.inf)
+    hidden = total.clone()  # logarithms of sums, both
+    num_blocks = -(-num_tokens // block_size)
+    sink_blocks = -(-span.sink_tokens // block_size)
+    hidden_blocks = max(sink_blocks, (first_position - span.floor_tokens + 1) // block_size)
+    for first, last in _pieces((0, sink_blocks, hidden_blocks, num_blocks), block_size):
+        keys = key_cache[block_table[first:last].long()].transpose(0, 1).flatten(1, 2).float()
         scores = torch.bmm(folded, keys.transpose(1, 2))
+        if sink_blocks <= first and last <= hidden_blocks:  # from all queries
+            sums = scores.logsumexp(-1)
+            total, hidden = torch.logaddexp(total, sums), torch.logaddexp(hidden, sums)
+            continue
+        tokens = torch.arange(first * block_size, last * block_size, device=query.device)
         scores.masked_fill_(tokens > positions, -torch.inf)
-        now = torch.maximum(best, scores.amax(-1, keepdim=True))
-        weights, before = scores.sub_(now).exp_(), (best - now).exp_()
-        total.mul_(before).add_(weights.sum(-1, keepdim=True))
-        is_hidden = (tokens >= span.sink_tokens) & (tokens <= positions - span.floor_tokens)
-        mass.mul_(before).add_(weights.mul_(is_hidden).sum(-1, keepdim=True))
-        best = now
-    return (mass / total).sum((1, 2)) / group
+        total = torch.logaddexp(total, scores.logsumexp(-1))
+        is_seen = (tokens < span.sink_tokens) | (tokens > positions - span.floor_tokens)
+        hidden = torch.logaddexp(hidden, scores.masked_fill_(is_seen, -torch.inf).logsumexp(-1))
+    return (hidden - total).exp().sum(1) / group
+
+
+def _pieces(bounds: Sequence[int], block_size: int) -> Iterator[tuple[int, int]]:
+    """Blocks between these bounds, ``PIECE_TOKENS`` at once or fewer."""
+    step = max(1, PIECE_TOKENS // block_size)
+    for start, stop in pairwise(min(bound, bounds[-1]) for bound in bounds):
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ def run_engine(
     Returns:
         ``{"jobs": [[{"tokens": [...], "logprobs": [[id, logprob], ...]}]], "rows": {...},
         "preemptions": n, "freed_blocks": [by KV group], "num_blocks": n, "lost_blocks": n,
-        "figures": {...}}`` with the logprob of each token; ``num_blocks`` is the size of the KV
-        pool, ``lost_blocks`` what of it is not free in the end, ``figures`` all other figures of
-        ours by name and the last of their labels.
+        "figures": {...}, "routes": [[by prompt] by job]}`` with the logprob of each token;
+        ``num_blocks`` is the size of the KV pool, ``lost_blocks`` what of it is not free in the
+        end, ``figures`` all other figures of ours by name and the last of their labels,
+        ``routes`` what the scheduler learned of each request, null where nothing.
 
     Raises:
         UserError: the engine failed; the message ends with its log.
@@ -169,6 +170,33 @@ def _figures() -> dict[str, float]:
     return found
 
 
+def _noting_routes() -> dict[int, int]:
+    """Routes that the scheduler learns of from now on, by the number of the request."""
+    from kvcache.adapter.news import routes_of
+    from kvcache.adapter.scheduler import RoutingScheduler
+
+    learned: dict[int, int] = {}
+    stock = RoutingScheduler.update_from_output
+
+    def update(self: Any, scheduler_output: Any, output: Any) -> Any:
+        for request_id, route in routes_of(output).items():
+            learned[int(request_id.partition("-")[0])] = route
+        return stock(self, scheduler_output, output)
+
+    RoutingScheduler.update_from_output = update  # type: ignore[method-assign]
+    return learned
+
+
+def _routed(llm: Any, jobs: list[dict[str, Any]], routes: list[list[int | None]]) -> Any:
+    """Answers to jobs; what each job's requests were routed like is added."""
+    learned = _noting_routes()
+    for job in jobs:
+        learned.clear()
+        yield _generate(llm, job)
+        first = 0 if "preempt_at" in job or "abort_at" in job else min(learned, default=0)
+        routes.append([learned.get(first + number) for number in range(len(job["prompts"]))])
+
+
 def _run(spec: dict[str, Any]) -> dict[str, Any]:
     from attn_backends.methods import REGISTRY
 
@@ -176,7 +204,8 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
     llm = LLM(**{"disable_log_stats": False, "seed": 0, **spec["engine"]})
-    jobs = [_generate(llm, job) for job in spec["jobs"]]
+    routes: list[list[int | None]] = []
+    jobs = list(_routed(llm, spec["jobs"], routes))
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     rows: dict[str, float] = {}
     figures: dict[str, float] = {}
@@ -188,7 +217,7 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     managers = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
     freed = [getattr(m, "num_freed_blocks", 0) for m in managers.single_type_managers]
     result = {"jobs": jobs, "rows": rows, "preemptions": metrics["vllm:num_preemptions"]}
-    result |= {"freed_blocks": freed, "figures": figures}
+    result |= {"freed_blocks": freed, "figures": figures, "routes": routes}
     num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     num_held = num_blocks - 1 - managers.block_pool.get_num_free_blocks()  # one is the null block
     result |= {"num_blocks": num_blocks, "lost_blocks": num_held}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.e2e.engine import run_engine, small_engine, tokens_of
-from tests.flux_profile import SINK_TOKENS, WINDOW_TOKENS, write_profile
+from tests.flux_profile import SINK_TOKENS, WINDOW_TOKENS, write_profile, write_routed_profile
 
 pytestmark = pytest.mark.e2e
 
@@ -22,6 +22,7 @@ LENGTHS = (33, 350, 800, 1300)
 LAYERS, KV_HEADS = 30, 3  # of the demo model
 FULL_LAYERS = range(0, LAYERS, 2)
 LOGPROB_TOLERANCE = 2e-3  # as in test_exactness.py
+ROUTES = "vllm_ext:routes"
 slow = pytest.mark.slow
 # Engine options, and what happens to the requests.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -106,27 +107,40 @@ def test_a_request_that_asks_for_everything_is_stock_vllm_beside_others(
     assert run["lost_blocks"] == 0
 
 
-def test_all_layers_narrowed_answer_by_the_rule_of_the_method(
+def test_answers_follow_the_rule_of_the_method_by_their_requests_routes(
     model_path: str, job: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The prompt sees everything, the answer sinks and window; generated tokens are forced."""
+    """The prompt sees everything, the answer sinks and window; generated tokens are forced. A
+    router of all layers makes the longest answer see everything, too.
+    """
     from transformers import AutoModelForCausalLM
 
-    narrowed = write_profile(tmp_path / "profile.json", LAYERS, KV_HEADS, ())
+    weights = torch.zeros(1, LAYERS, KV_HEADS)
+    weights[0, LAYERS // 2] = 0.01  # a witness; what decides is the length
+    router = {"weights": weights, "log_tokens": torch.ones(1), "bias": -torch.tensor([500.0]).log()}
+    routed = write_routed_profile(tmp_path / "profile.json", [], [range(LAYERS)], router)
     prompts = job["prompts"][:3]  # the longest costs the reference most
     run = run_engine(
-        small_engine(model_path, "FLUX", {"profile": narrowed}, 120),
+        small_engine(model_path, "FLUX", {"profile": routed}, 120),
         [job | {"prompts": prompts, "preempt_at": [30]}],
     )
+    assert run["routes"] == [[0, 0, 1]]
+    assert {key: value for key, value in run["figures"].items() if key.startswith(ROUTES)} == {
+        f"{ROUTES}|sparse": 2,
+        f"{ROUTES}|full": 1,
+    }
+    assert {key.rpartition("|")[2] for key in run["rows"]} >= {"selected", "routed_full"}
     assert run["freed_blocks"][0] > 0
     assert run["preemptions"] > 0
+    assert run["lost_blocks"] == 0
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=torch.float32, attn_implementation="sdpa"
     )
-    for prompt, answer in zip(prompts, run["jobs"][0], strict=True):
+    for prompt, answer, route in zip(prompts, run["jobs"][0], run["routes"][0], strict=True):
         ids = torch.tensor([prompt + answer["tokens"][:-1]])
         row, column = torch.arange(ids.shape[1])[:, None], torch.arange(ids.shape[1])[None, :]
-        is_seen = (row < len(prompt)) | (column < SINK_TOKENS) | (column > row - WINDOW_TOKENS)
+        is_whole = (row < len(prompt)) | torch.tensor(bool(route))
+        is_seen = is_whole | (column < SINK_TOKENS) | (column > row - WINDOW_TOKENS)
         visible = (column <= row) & is_seen
         mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
         with torch.no_grad():

@@ -23,9 +23,10 @@ from vllm_ext.calibration.flux import Calibration, FluxSettings, Found
 from vllm_ext.calibration.flux_section import decided, flux_profile
 from vllm_ext.calibration.flux_tables import with_lazy
 from vllm_ext.calibration.joint_routing import Depths, fit_depths
+from vllm_ext.calibration.layer_splits import splits, static_layers, unit_layers
 from vllm_ext.calibration.routed import RoutedModel
 from vllm_ext.calibration.routed_prompts import RoutedPrompt, make_prompts
-from vllm_ext.calibration.routers import Measured, RouterFits, splits, static_layers, unit_layers
+from vllm_ext.calibration.routers import Measured, RouterFits
 from vllm_ext.calibration.routing_fit import prefix_masks
 from vllm_ext.calibration.routing_outcomes import Variants
 from vllm_ext.calibration.state import SavedState

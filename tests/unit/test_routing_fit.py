@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scripts.flux_offline.routing_report import Variants, combined_policy
+from scripts.flux_offline.routing_report import combined_policy
 from vllm_ext.calibration.routing_fit import (
     fit_logistic,
     fit_router,
@@ -15,6 +15,7 @@ from vllm_ext.calibration.routing_fit import (
     prefix_masks,
     threshold_for,
 )
+from vllm_ext.calibration.routing_outcomes import Variants
 
 
 @pytest.mark.parametrize("num_features", [3, 60])
@@ -81,3 +82,13 @@ def test_groups_apart_are_looked_up_by_their_bits() -> None:
     outcome = combined_policy(variants, scores)(0.5)
     assert outcome.kl.tolist() == [5.0, 2.0]
     assert outcome.share.tolist() == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_a_share_between_two_variants_is_a_mixture_of_both() -> None:
+    masks = np.zeros((2, 3, 4), bool)  # each prompt has full layers of its own
+    masks[0, 1, :2] = masks[1, 1, 3:] = masks[:, 2] = True
+    figures = np.array([[4.0, 2.0, 0.0], [1.0, 1.0, 1.0]])
+    mixed = Variants(masks, figures, figures, figures).between(0.375 + 0.25 * 0.625)
+    assert mixed.share.tolist() == pytest.approx([0.625, 0.4375])
+    assert mixed.share.mean() == pytest.approx(0.53125)
+    assert mixed.kl.tolist() == pytest.approx([1.5, 1.0])

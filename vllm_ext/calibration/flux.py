@@ -28,9 +28,10 @@ from attn_backends.profile import fingerprint, read_model_config
 from kvcache.spans import Span
 from vllm_ext.calibration.data import corpora, require_long_enough
 from vllm_ext.calibration.flux_tables import Table, TableMaker
+from vllm_ext.calibration.layer_splits import unit_layers
 from vllm_ext.calibration.routed import RoutedModel
 from vllm_ext.calibration.routed_prompts import RoutedPrompt, make_prompts
-from vllm_ext.calibration.routers import Fit, Measured, RouterFits, splits, unit_layers
+from vllm_ext.calibration.routers import Fit, Measured, RouterFits
 from vllm_ext.calibration.routing_fit import greedy_order, prefix_masks
 from vllm_ext.calibration.routing_outcomes import Outcome, Variants
 from vllm_ext.calibration.routing_study import Study
@@ -180,10 +181,8 @@ class Calibration:
         judged = self._table("held out", others, prefixes, bars)
         everything = self.num_layers + 1
         measured = table.measured(units)
-        fits: list[Fit] = []
-        if any(True for _ in splits(self.num_layers, settings.share)):
-            self._echo("fitting routers")
-            fits = RouterFits(measured, settings.share, settings.seed).best()
+        self._echo("fitting routers")
+        fits = RouterFits(measured, settings.share, settings.seed).best()
         return Found(
             order,
             fits,

@@ -13,8 +13,9 @@ from attn_backends.methods.flux import METHOD as FLUX
 from attn_backends.methods.flux import FluxSection
 from attn_backends.profile import SCHEMA_VERSION, Profile, fingerprint, read_model_config
 from vllm_ext.calibration.flux import FluxSettings, Found
+from vllm_ext.calibration.layer_splits import static_layers
 from vllm_ext.calibration.routed_attention import EVIDENCE_QUERIES
-from vllm_ext.calibration.routers import Router, static_layers
+from vllm_ext.calibration.routers import Router
 from vllm_ext.calibration.routing_fit import interval
 from vllm_ext.calibration.routing_outcomes import Outcome, by_kind, mean_known
 

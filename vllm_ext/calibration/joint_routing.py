@@ -24,12 +24,12 @@ class Depths:
     """What is known beforehand.
 
     Attributes:
-        kl: ``[prompts, depths]``.
+        costs: ``[prompts, depths]``, in nats.
         shares: ``[depths]``, of full layers; ascending.
         share: the mean that is aimed at.
     """
 
-    kl: np.ndarray
+    costs: np.ndarray
     shares: np.ndarray
     share: float
 
@@ -37,7 +37,7 @@ class Depths:
 def fit_depths(
     features: np.ndarray, measured: Depths, kept: np.ndarray, l2: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimises KL + multiplier * (share - target), the multiplier rising while too much is full.
+    """Minimises cost + multiplier * (share - target), the multiplier rising above the target.
 
     Args:
         features: ``[prompts, features]``.
@@ -55,7 +55,7 @@ def fit_depths(
     decay = np.r_[np.full(features.shape[1], 2 * l2 / len(features)), 0.0][:, None]
     counted = (kept / kept.sum(1, keepdims=True))[..., None]
     # What a group more changes.
-    saved, added = np.diff(measured.kl), np.diff(measured.shares)
+    saved, added = np.diff(measured.costs), np.diff(measured.shares)
     weights = np.zeros((len(kept), inputs.shape[1], len(added)))
     price, descent = np.full(len(kept), FIRST_PRICE), _Descent()
     for _ in range(STEPS):

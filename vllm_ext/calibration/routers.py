@@ -8,14 +8,13 @@ gap, and in the logarithm of the prompt's length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
 
 import numpy as np
 
-from attn_backends.head_classes import group_sizes, padded_entries
 from vllm_ext.calibration.joint_routing import Depths, fit_depths
+from vllm_ext.calibration.layer_splits import Split, splits
 from vllm_ext.calibration.routing_fit import (
     FOLDS,
     fit_router,
@@ -24,9 +23,9 @@ from vllm_ext.calibration.routing_fit import (
 )
 from vllm_ext.calibration.routing_outcomes import Outcome, Variants, is_needed
 
-MOST_ROUTED = 3  # groups: each has a router to fit, and a KV group's cost in each step
 JOINT_L2 = (0.01, 0.03, 0.1)
 FINALISTS = 5  # splits that are trained at every strength
+LEAST_TAKEN = 0.05  # of the prompts, at every depth
 FEW_WITNESSES = (4, 8)  # layers whose evidence may do instead of all layers'
 # Nats beyond which an answer is another one; how far beyond is chance, and would rule the fit.
 FAR_KL = 0.1
@@ -58,27 +57,13 @@ class Measured:
         """Some of the numbers of full layers."""
         return self.variants.part(np.array([self.numbers.index(number) for number in numbers]))
 
-
-@dataclass(frozen=True)
-class Split:
-    """An order of layers in parts: always full, routed groups, and always window.
-
-    Attributes:
-        num_full: layers that are always full, the first ones.
-        sizes: layers of each routed group, those that come next.
-    """
-
-    num_full: int
-    sizes: tuple[int, ...]
-
-    def numbers(self) -> list[int]:
-        """Of full layers, at each depth."""
-        return [self.num_full + sum(self.sizes[:depth]) for depth in range(len(self.sizes) + 1)]
-
-    def groups(self, order: Sequence[int]) -> list[list[int]]:
-        """The routed groups' layers."""
-        numbers = self.numbers()
-        return [sorted(order[first:end]) for first, end in pairwise(numbers)]
+    def costs(self, numbers: Sequence[int]) -> np.ndarray:
+        """``[prompts, numbers]``, in nats up to twice ``FAR_KL``: an answer that loses the keys
+        that dense finds is worse by that much.
+        """
+        nested = self.nested(numbers)
+        lost = np.nan_to_num(self.variants.hits[:, -1:] - nested.hits).clip(0)
+        return np.asarray(np.minimum(nested.kl, FAR_KL) + FAR_KL * lost)
 
 
 @dataclass(frozen=True)
@@ -118,6 +103,8 @@ class Fit:
         coefficients: ``[features, groups]``.
         bias: ``[groups]``, with the threshold of the share taken off.
         folds: what the prompts get from routers that did not see them.
+        loss: mean cost of the folds.
+        least_taken: share of these prompts at the depth that fewest take.
     """
 
     split: Split
@@ -125,47 +112,20 @@ class Fit:
     coefficients: np.ndarray
     bias: np.ndarray
     folds: Outcome
+    loss: float
+    least_taken: float
 
     @property
-    def loss(self) -> float:
-        """Of the folds; what chooses among fits."""
-        return float(np.minimum(self.folds.kl, FAR_KL).mean())
+    def rank(self) -> tuple[bool, float]:
+        """What chooses among fits, the least first: a depth that nobody takes is a KV group for
+        nothing.
+        """
+        return self.least_taken < LEAST_TAKEN, self.loss
 
     def router(self, num_layers: int) -> Router:
         """The same in the shape of a file."""
         weights = self.coefficients[:-1].T.reshape(len(self.bias), num_layers, -1)
         return Router(weights, self.coefficients[-1], self.bias)
-
-
-def unit_layers(num_layers: int) -> int:
-    """Layers of which all parts are multiples, so that no KV group is padded."""
-    return next(group_sizes(num_layers))
-
-
-def static_layers(num_layers: int, share: float) -> int:
-    """The most full layers within a share, whose KV groups are not padded."""
-    numbers = range(1, max(2, int(share * num_layers + 1e-9) + 1))
-    return max(n for n in numbers if n == 1 or not padded_entries([n, num_layers - n]))
-
-
-def splits(num_layers: int, share: float) -> Iterator[Split]:
-    """All that can have this mean share of full layers, with some layers always full and some
-    always window; none where the layers make too few equal groups.
-    """
-    unit = unit_layers(num_layers)
-    num_units = num_layers // unit
-    for num_full in range(1, num_units):
-        for number in range(1, MOST_ROUTED + 1):
-            for sizes in product(range(1, num_units - num_full), repeat=number):
-                num_window = num_units - num_full - sum(sizes)
-                can_share = num_full < share * num_units < num_full + sum(sizes)
-                # Multiples of a unit that no part has alone may be padded to the smallest part.
-                if (
-                    num_window > 0
-                    and can_share
-                    and not padded_entries([num_full, *sizes, num_window])
-                ):
-                    yield Split(num_full * unit, tuple(size * unit for size in sizes))
 
 
 class RouterFits:
@@ -192,14 +152,14 @@ class RouterFits:
         if not known:
             return []
         joint = [self.joint(split, JOINT_L2[1:2]) for split in known]
-        finalists = sorted(joint, key=lambda fit: fit.loss)[:FINALISTS]
-        best = min((self.joint(fit.split) for fit in finalists), key=lambda fit: fit.loss)
+        finalists = sorted(joint, key=lambda fit: fit.rank)[:FINALISTS]
+        best = min((self.joint(fit.split) for fit in finalists), key=lambda fit: fit.rank)
         fewer = [self._with_witnesses(best, number) for number in FEW_WITNESSES]
         fits = [
-            min((self.logistic(split) for split in known), key=lambda fit: fit.loss),
-            min((*fewer, best), key=lambda fit: fit.loss),
+            min((self.logistic(split) for split in known), key=lambda fit: fit.rank),
+            min((*fewer, best), key=lambda fit: fit.rank),
         ]
-        return sorted(fits, key=lambda fit: fit.loss)
+        return sorted(fits, key=lambda fit: fit.rank)
 
     def logistic(self, split: Split) -> Fit:
         """A regression for each group: is its request far from dense without it?"""
@@ -227,9 +187,9 @@ class RouterFits:
             features: instead of all; zeros get no weight.
         """
         features = self._features if features is None else features
-        kl = np.minimum(self._prompts.nested(split.numbers()).kl, FAR_KL)
+        costs = self._prompts.costs(split.numbers())
         shares = np.array(split.numbers()) / self._prompts.gap.shape[1]
-        measured = Depths(kl, shares, self._share)
+        measured = Depths(costs, shares, self._share)
         held = self._fold == np.arange(FOLDS)[:, None]
         kept = np.concatenate([~held, np.ones_like(held[:1])])
         fits = []
@@ -237,9 +197,9 @@ class RouterFits:
             weights, bias = fit_depths(features, measured, kept, l2)
             scores = features @ weights[:-1] + bias[:-1, None]
             # Of each prompt the scores by the fit that did not see it.
-            unseen = scores[self._fold, np.arange(len(kl))]
+            unseen = scores[self._fold, np.arange(len(costs))]
             fits.append(self._fit(split, "joint", weights[-1], bias[-1], unseen))
-        return min(fits, key=lambda fit: fit.loss)
+        return min(fits, key=lambda fit: fit.rank)
 
     def _with_witnesses(self, fit: Fit, number: int) -> Fit:
         """The same split on the evidence of the layers that weigh most: an engine then collects
@@ -277,5 +237,8 @@ class RouterFits:
             scores,
             self._share,
         )
-        folds = nested.pick(nested_depths(scores, threshold))
-        return Fit(split, kind, weights, bias - threshold, folds)
+        depths = nested_depths(scores, threshold)
+        costs = self._prompts.costs(split.numbers())[np.arange(len(depths)), depths]
+        taken = np.bincount(depths, minlength=len(shares)) / len(depths)
+        folds, loss = nested.pick(depths), float(costs.mean())
+        return Fit(split, kind, weights, bias - threshold, folds, loss, float(taken.min()))

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="vllm-ext profile",
         description="Find anchor layers and head maps of a checkpoint for TIDAL_DECODE. With "
         "--method moa: what each KV head needs to see; --method flux: which layers must read "
-        "everything (`vllm-ext profile --method moa --help`).",
+        "everything (`--method moa --help`, `--method flux --help`).",
     )
     parser.add_argument("model", help="model folder (Llama, Qwen or Mistral style)")
     target = parser.add_mutually_exclusive_group(required=True)
