@@ -31,9 +31,9 @@ def run_engine(
     Returns:
         ``{"jobs": [[{"tokens": [...], "logprobs": [[id, logprob], ...]}]], "rows": {...},
         "preemptions": n, "freed_blocks": [by KV group], "num_blocks": n, "lost_blocks": n,
-        "figures": {...}}`` with the logprob of each token; ``num_blocks`` is the size of the KV
+        "figures": {...}, "drafts": {...}}`` with the logprob of each token; ``num_blocks`` is the size of the KV
         pool, ``lost_blocks`` what of it is not free in the end, ``figures`` all other figures of
-        ours by name and the last of their labels.
+        ours by name and the last of their labels, ``drafts`` vLLM's own of speculative decoding.
 
     Raises:
         UserError: the engine failed; the message ends with its log.
@@ -169,6 +169,16 @@ def _figures() -> dict[str, float]:
     return found
 
 
+def _drafts(llm: Any) -> dict[str, Any]:
+    """What vLLM counted of speculative decoding; empty where there is none."""
+    prefix = "vllm:spec_decode_num_"
+    metrics = [metric for metric in llm.get_metrics() if metric.name.startswith(prefix)]
+    return {
+        metric.name.removeprefix(prefix): getattr(metric, "value", None) or metric.values
+        for metric in metrics
+    }
+
+
 def _run(spec: dict[str, Any]) -> dict[str, Any]:
     from attn_backends.methods import REGISTRY
 
@@ -188,7 +198,7 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     managers = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
     freed = [getattr(m, "num_freed_blocks", 0) for m in managers.single_type_managers]
     result = {"jobs": jobs, "rows": rows, "preemptions": metrics["vllm:num_preemptions"]}
-    result |= {"freed_blocks": freed, "figures": figures}
+    result |= {"freed_blocks": freed, "figures": figures, "drafts": _drafts(llm)}
     num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     num_held = num_blocks - 1 - managers.block_pool.get_num_free_blocks()  # one is the null block
     result |= {"num_blocks": num_blocks, "lost_blocks": num_held}

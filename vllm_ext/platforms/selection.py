@@ -18,6 +18,7 @@ from attn_backends.adapter.config import (
 from attn_backends.adapter.ops import unserved_reasons
 from attn_backends.adapter.requests import KEYS, parse_options
 from attn_backends.config import ConfigError
+from attn_backends.drafting import check_drafting
 from attn_backends.method import SparseMethod
 from attn_backends.methods import load_method
 from attn_backends.plan import CHOOSING_ROLES
@@ -89,7 +90,9 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
 
 def _all_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
     """What no method can serve: asked at start and, where layers are made, in every process."""
-    reasons = unsupported_reasons(vllm_config, device_type)
+    method = chosen_method(vllm_config)
+    draft_tokens = method_config(vllm_config, method).draft_tokens if method else 0
+    reasons = unsupported_reasons(vllm_config, device_type, draft_tokens)
     if not reasons:
         reasons += unserved_reasons(vllm_config, device_type)
     if os.environ.get(RUST_FRONTEND_ENV, "0") not in ("", "0"):
@@ -116,6 +119,8 @@ def _check_entries(method: SparseMethod, vllm_config: VllmConfig, device_type: s
     entries, schedule, geometry = planned_entries(method, vllm_config)
     try:
         check_entries(entries, geometry.num_layers, geometry.num_kv_heads, schedule.dropped)
+        if method_config(vllm_config, method).draft_tokens:
+            check_drafting(schedule, entries)
     except ValueError as error:
         raise ConfigError(f"{method.name}: {error}") from None
     kinds = {entry.policy for entry in entries}
