@@ -1,4 +1,4 @@
-"""Sparse rows as drafts: a step drafts some tokens one after another, then all are verified densely.
+"""Sparse rows as drafts: a step drafts some tokens one by one, then verifies all of them densely.
 
 The first draft of a step chooses blocks as the method does, with its own query. The later ones read
 what was chosen: each anchor keeps a selection of its own, which also names the blocks that later
@@ -99,8 +99,9 @@ class DraftSelector:
             elif isinstance(way, Reuse):
                 assert kept is not None, "LayerSchedule has an anchor before every REUSE layer"
                 then = way = Selected(replace(kept, heads=way.selection.heads))
-            first[layer], later[layer] = replace(layer_plan, decode=way), replace(
-                layer_plan, decode=then
+            first[layer], later[layer] = (
+                replace(layer_plan, decode=way),
+                replace(layer_plan, decode=then),
             )
         self._later = StepPlan(later, plan.reasons)
         return StepPlan(first, plan.reasons)

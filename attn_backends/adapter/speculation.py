@@ -48,9 +48,7 @@ def speculation_reasons(vllm_config: VllmConfig, draft_tokens: int) -> list[str]
     return [*_foreign_settings(vllm_config, speculation, draft_tokens), *_untried(vllm_config)]
 
 
-def _foreign_settings(
-    vllm_config: VllmConfig, speculation: Any, draft_tokens: int
-) -> list[str]:
+def _foreign_settings(vllm_config: VllmConfig, speculation: Any, draft_tokens: int) -> list[str]:
     """Settings of ``--speculative-config`` that are not what ``speculative_arguments`` says."""
     served: Any = vllm_config.model_config
     wanted = {

@@ -31,9 +31,10 @@ def run_engine(
     Returns:
         ``{"jobs": [[{"tokens": [...], "logprobs": [[id, logprob], ...]}]], "rows": {...},
         "preemptions": n, "freed_blocks": [by KV group], "num_blocks": n, "lost_blocks": n,
-        "figures": {...}, "drafts": {...}}`` with the logprob of each token; ``num_blocks`` is the size of the KV
-        pool, ``lost_blocks`` what of it is not free in the end, ``figures`` all other figures of
-        ours by name and the last of their labels, ``drafts`` vLLM's own of speculative decoding.
+        "figures": {...}, "drafts": {...}}`` with the logprob of each token; ``num_blocks`` is the
+        size of the KV pool, ``lost_blocks`` what of it is not free in the end, ``figures`` all
+        other figures of ours by name and the last of their labels, ``drafts`` vLLM's own of
+        speculative decoding.
 
     Raises:
         UserError: the engine failed; the message ends with its log.
