@@ -50,6 +50,12 @@ class LosslessConfig(MethodConfig):
                 "lossless_tokens",
                 f"is {self.lossless_tokens}, but drafts have not run on a GPU yet; set it to 0",
             )
+        if self.is_lossless and engine.num_workers > 1:
+            raise SettingError(
+                "lossless_tokens",
+                f"is {self.lossless_tokens}, but drafts have not been tried with "
+                f"{engine.num_workers} workers of a replica; set it to 0, or use one",
+            )
 
     def refuse_with_drafts(self, setting: str, wanted: str) -> None:
         """Refuses a setting that drafts would not honour.
