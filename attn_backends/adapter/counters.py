@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 from attn_backends.recall import BOUNDS, RecallWatch
 from kvcache.adapter.figures import figure_files
@@ -61,7 +61,9 @@ class RowCounters:
         Args:
             rows: number of rows by (path, reason); the path is ``sparse`` or ``dense``.
         """
-        self._add(ROWS, ROWS_HELP, rows)
+        for labels, num_rows in self._labelled(rows):
+            if self._files is not None:
+                self._files.add_to_counter(ROWS, ROWS_HELP, labels, num_rows)
 
     def add_drafted(self, rows: Mapping[tuple[str, str], int]) -> None:
         """Counts rows that drafted in this step.
@@ -70,20 +72,22 @@ class RowCounters:
             rows: number of rows by (path, reason); the path is ``sparse``, ``dense``, or ``none``
                 where the whole batch had nothing to leave out and did not draft.
         """
-        self._add(DRAFT_ROWS, DRAFT_ROWS_HELP, rows)
+        for labels, num_rows in self._labelled(rows):
+            if self._files is not None:
+                self._files.add_to_counter(DRAFT_ROWS, DRAFT_ROWS_HELP, labels, num_rows)
 
     def add_verified(self, num_rows: int) -> None:
         """Counts rows that the dense pass of this step verified."""
         if self._files is not None and num_rows:
             self._files.add_to_counter(VERIFY_ROWS, VERIFY_ROWS_HELP, self._method, num_rows)
 
-    def _add(self, name: str, text: str, rows: Mapping[tuple[str, str], int]) -> None:
-        if self._files is None:
-            return
+    def _labelled(
+        self, rows: Mapping[tuple[str, str], int]
+    ) -> Iterator[tuple[dict[str, str], int]]:
+        """Labels and number of those that there are."""
         for (path, reason), num_rows in rows.items():
-            labels = self._method | {"path": path, "reason": reason}
             if num_rows:
-                self._files.add_to_counter(name, text, labels, num_rows)
+                yield self._method | {"path": path, "reason": reason}, num_rows
 
     def show_recall(self, watch: RecallWatch) -> None:
         """Writes what the watch learned since this was last called."""

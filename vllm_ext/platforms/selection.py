@@ -83,6 +83,8 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
         # Asked for here already: a bad profile or policy must not wait for workers.
         schedule = method.schedule(config, geometry_of(vllm_config))
         _check_entries(method, vllm_config, device_type)
+        if config.draft_tokens:
+            _check_drafts(method, vllm_config, config.draft_tokens)
     _choose_worker(vllm_config, device_type, is_served=not reasons)
     _active.update(method=method, config=config, is_served=not reasons, schedule=schedule)
     _active["has_prefix_cache"] = bool(cache.enable_prefix_caching)
@@ -119,8 +121,6 @@ def _check_entries(method: SparseMethod, vllm_config: VllmConfig, device_type: s
     entries, schedule, geometry = planned_entries(method, vllm_config)
     try:
         check_entries(entries, geometry.num_layers, geometry.num_kv_heads, schedule.dropped)
-        if method_config(vllm_config, method).draft_tokens:
-            check_drafting(schedule, entries)
     except ValueError as error:
         raise ConfigError(f"{method.name}: {error}") from None
     kinds = {entry.policy for entry in entries}
@@ -151,6 +151,26 @@ def _check_entries(method: SparseMethod, vllm_config: VllmConfig, device_type: s
             f"{method.name} keeps different KV blocks in different heads of a layer, which is not "
             f"supported with --tensor-parallel-size {num_ranks}; use 1, or a profile by layers"
         )
+
+
+def _check_drafts(method: SparseMethod, vllm_config: VllmConfig, num_tokens: int) -> None:
+    """Refuses what no dense pass could verify, and says what drafts are good for.
+
+    Raises:
+        ConfigError: names the layers.
+    """
+    entries, schedule, _ = planned_entries(method, vllm_config)
+    try:
+        check_drafting(schedule, entries)
+    except ValueError as error:
+        raise ConfigError(f"{method.name}: {error}") from None
+    logger.info(
+        "%s drafts %d tokens a step, one dense pass verifies them: answers are stock vLLM's. That "
+        "is slower than stock vLLM with short contexts and with few of them at once "
+        "(docs/tuning.md, Lossless)",
+        method.name,
+        num_tokens,
+    )
 
 
 def _refuse_unserved(extra_args: Mapping[str, Any] | None) -> None:
