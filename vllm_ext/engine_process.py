@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def _serve(parent: Parent) -> None:
     for request in requests:
         answer = _generate(llm, request) | {"forced": _forced(engine)}
         if engine.get("speculative_config"):
-            answer["drafts"] = _drafts(llm)
+            answer["drafts"] = asdict(drafts_of(llm))
         parent.answer(answer)
 
 
@@ -162,12 +162,12 @@ def _generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _drafts(llm: Any) -> dict[str, Any]:
-    """Fields of ``Drafts``, from vLLM's own counters."""
+def drafts_of(llm: Any) -> Drafts:
+    """From vLLM's own counters of an engine that drafts and keeps statistics."""
     prefix = "vllm:spec_decode_num_"
     metrics = {metric.name.removeprefix(prefix): metric for metric in llm.get_metrics()}
     positions = metrics["accepted_tokens_per_pos"].values
-    return {"num_drafts": metrics["drafts"].value, "accepted": list(positions)}
+    return Drafts(metrics["drafts"].value, list(positions))
 
 
 def _scores(output: Any) -> list[float]:

@@ -94,13 +94,22 @@ def export() -> None:
 
 def decode_rows() -> dict[tuple[str, str, str], float]:
     """Rows served so far by (method, path, reason), over all workers of this server."""
+    return _rows(ROWS)
+
+
+def draft_rows() -> dict[tuple[str, str, str], float]:
+    """The same of rows that drafted, where sparse rows only draft."""
+    return _rows(DRAFT_ROWS)
+
+
+def _rows(name: str) -> dict[tuple[str, str, str], float]:
     folder = metrics_folder()
     if folder is None:
         return {}
     return {
         (labels["method"], labels["path"], labels["reason"]): sample.value
         for family in WorkerFigures(folder).collect()
-        if family.name == ROWS
+        if family.name == name
         for sample in family.samples
         if (labels := sample.labels)
     }

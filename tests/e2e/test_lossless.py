@@ -13,6 +13,7 @@ import pytest
 
 from attn_backends.adapter.speculation import speculative_arguments
 from tests.e2e.engine import run_engine, tokens_of
+from tests.e2e.reference import masked_reference
 
 pytestmark = pytest.mark.e2e
 
@@ -60,16 +61,16 @@ def _assert_same(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
         assert one["logprobs"] == pytest.approx(other["logprobs"], abs=LOGPROB_TOLERANCE)
 
 
-def test_answers_are_stock_vllm_s(model_path: str, prompts: list[list[int]]) -> None:
-    """The quick one: a few prompts together, then alone from the prefix cache."""
+def test_answers_are_dense_ones(model_path: str, prompts: list[list[int]]) -> None:
+    """The quick one: a few prompts together, then two alone from the prefix cache."""
     chosen = [prompts[i] for i in (0, 4, 11, 12)]
     small = {"max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20}
     jobs = [_job(chosen), _job(chosen[2:], together=False)]
-    stock = run_engine(_engine(model_path, 0, **small), jobs[:1], STOCK)["jobs"][0]
     answer = run_engine(_engine(model_path, 3, **small), jobs)
     together, alone = answer["jobs"]
-    _assert_same(together, stock)
-    _assert_same(alone, stock[2:])
+    dense = masked_reference(model_path, chosen, together, lambda row, column: column <= row)
+    _assert_same(together, [{"tokens": own, "logprobs": logprobs} for own, logprobs in dense])
+    _assert_same(alone, together[2:])
     drafts, figures = answer["drafts"], answer["figures"]
     assert drafts["draft_tokens"] == 3 * drafts["drafts"] > 0
     assert drafts["accepted_tokens"] > drafts["draft_tokens"] // 2
