@@ -135,7 +135,7 @@ class BlockSelection:
     """Logical blocks that each (decode row, KV head) reads.
 
     Entries are ascending and distinct; the last block of a row, which holds the current
-    token, is always among them. Padding is -1.
+    token, is always among them; blocks that later queries will read may follow it. Padding is -1.
     """
 
     logical_blocks: torch.Tensor  # [num_reqs, num_kv_heads, max_selected] int32

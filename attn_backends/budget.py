@@ -243,7 +243,8 @@ def prompts_cached(
     config: BudgetConfig, schedule: LayerSchedule, geometry: Geometry
 ) -> tuple[KVEntry, ...]:
     """Entries of methods with dense prefill and sparse decode: all is kept, but what was
-    generated never serves a later prompt (it would have been computed densely).
+    generated never serves a later prompt (it would have been computed densely), unless sparse rows
+    only draft.
     """
-    policies = (KeepAll(caches_generated=False),) * geometry.num_layers
+    policies = (KeepAll(caches_generated=config.is_lossless),) * geometry.num_layers
     return layer_entries(policies, schedule.dropped)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attn_backends.batch import RowOptions
-from attn_backends.config import EngineFacts, MethodConfig, SettingError, at_least, between
+from attn_backends.config import EngineFacts, SettingError, at_least, between
+from attn_backends.lossless_config import LosslessConfig
 
 ROW_OPTIONS = frozenset({"sparse", "budget_tokens"})
 PRESETS = {  # what a request may name
@@ -16,7 +17,7 @@ PRESETS = {  # what a request may name
 
 
 @dataclass(frozen=True)
-class BudgetConfig(MethodConfig):
+class BudgetConfig(LosslessConfig):
     """Settings of methods that choose blocks within a budget.
 
     Attributes:
@@ -57,12 +58,16 @@ class BudgetConfig(MethodConfig):
                 f"is {self.budget_tokens}, less than sink_tokens + recent_tokens = "
                 f"{forced_tokens}; raise the budget or lower those",
             )
+        for field in ("recall_floor", "audit_share"):
+            if getattr(self, field):
+                self.refuse_with_drafts(field, "0")
 
     def check(self, engine: EngineFacts) -> None:
         """See ``MethodConfig.check``: guard and audit want one worker that tells which request a
         row is. Each worker of a tensor-parallel group sees its own heads: guards would decide
         differently, and every worker would count the audit's rows.
         """
+        super().check(engine)
         for field in ("recall_floor", "audit_share"):
             value = getattr(self, field)
             if value and (engine.device_type != "cpu" or engine.num_workers > 1):

@@ -175,6 +175,11 @@ class MethodConfig:
         """Share of the decode steps in which one row is computed densely as well."""
         return 0.0
 
+    @property
+    def draft_tokens(self) -> int:
+        """Tokens that a step drafts by sparse rows, for a dense pass to verify; 0: rows answer."""
+        return 0
+
 
 C = TypeVar("C", bound=MethodConfig)
 _TYPE_NAMES = {"int": int, "bool": bool, "str": str, "float": float}

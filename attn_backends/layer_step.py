@@ -183,7 +183,7 @@ class LayerStep:
         """The best blocks by ``state.block_mass``."""
         self.ops.block_topk.run(
             state.block_mass,
-            decode.seq_lens,
+            decode.seq_lens if state.chosen_lens is None else state.chosen_lens,
             self.views[0].shape[2],
             state.budget_blocks,
             state.sink_blocks,

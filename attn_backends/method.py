@@ -50,6 +50,7 @@ class StepRows:
             its context; None of rows that are nobody's. Empty where no row is known.
         prefill_queries: positions of each prefill row's queries, for the same; empty where no row
             is known.
+        draft_index: which draft of a step the rows are, from 0, where they are drafts.
     """
 
     seq_lens: torch.Tensor
@@ -61,6 +62,7 @@ class StepRows:
     prompt_rows: Sequence[int] = ()
     dense_until: Sequence[int | None] = ()
     prefill_queries: Sequence[range] = ()
+    draft_index: int = 0
 
     @property
     def num_decodes(self) -> int:

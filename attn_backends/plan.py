@@ -153,6 +153,9 @@ class AnchorState:
     recent_blocks: int
     # [num_reqs, 3] fp32, least recall of each kind so far (recall.py); None where nobody reads it
     recall: torch.Tensor | None
+    # [num_reqs] int32: blocks are chosen up to this length, beyond ``seq_lens`` where later queries
+    # read the choice (drafting.py); None: up to ``seq_lens``
+    chosen_lens: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

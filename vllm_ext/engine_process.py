@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,30 @@ def kv_token_bytes(model: str, dtype: str) -> int:
     return int(config["num_hidden_layers"] * 2 * heads * head_size * element_bytes)
 
 
+@dataclass(frozen=True)
+class Drafts:
+    """What an engine drafted.
+
+    Attributes:
+        num_drafts: rows of steps that verified drafts.
+        accepted: of these, how many accepted the draft at each position.
+    """
+
+    num_drafts: int
+    accepted: Sequence[int]
+
+    def since(self, before: Drafts) -> Drafts:
+        """What was drafted after ``before``."""
+        earlier = before.accepted or [0] * len(self.accepted)
+        accepted = [now - then for now, then in zip(self.accepted, earlier, strict=True)]
+        return Drafts(self.num_drafts - before.num_drafts, accepted)
+
+    @property
+    def shares(self) -> list[float]:
+        """Of each position."""
+        return [accepted / self.num_drafts for accepted in self.accepted if self.num_drafts]
+
+
 class EngineProcess:
     """A running engine.
 
@@ -50,12 +75,16 @@ class EngineProcess:
         engine: keyword arguments of ``vllm.LLM``.
         env: additions to the environment; None removes a variable.
 
+    Attributes:
+        drafts: what it drafted so far, where it verifies drafts.
+
     Raises:
         UserError: the engine did not start; the message has the end of its log.
     """
 
     def __init__(self, name: str, engine: dict[str, Any], env: dict[str, str | None]) -> None:
         self.name = name
+        self.drafts = Drafts(0, ())
         self._child = Child(f"{name} engine", "vllm_ext.engine_process", quiet_environment(env))
         try:
             self._child.ask(engine)
@@ -85,6 +114,8 @@ class EngineProcess:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = self._child.ask(request)
+        if answer.get("drafts"):
+            self.drafts = Drafts(**answer["drafts"])
         return answer
 
     def close(self) -> None:
@@ -101,7 +132,10 @@ def _serve(parent: Parent) -> None:
     llm = LLM(**engine)
     parent.answer("ready")
     for request in requests:
-        parent.answer(_generate(llm, request) | {"forced": _forced(engine)})
+        answer = _generate(llm, request) | {"forced": _forced(engine)}
+        if engine.get("speculative_config"):
+            answer["drafts"] = asdict(drafts_of(llm))
+        parent.answer(answer)
 
 
 def _generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +160,14 @@ def _generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "scores": [_scores(output) for output in outputs if output.prompt_logprobs],
     }
+
+
+def drafts_of(llm: Any) -> Drafts:
+    """From vLLM's own counters of an engine that drafts and keeps statistics."""
+    prefix = "vllm:spec_decode_num_"
+    metrics = {metric.name.removeprefix(prefix): metric for metric in llm.get_metrics()}
+    positions = metrics["accepted_tokens_per_pos"].values
+    return Drafts(metrics["drafts"].value, list(positions))
 
 
 def _scores(output: Any) -> list[float]:

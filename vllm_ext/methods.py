@@ -9,13 +9,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attn_backends.adapter.speculation import speculative_arguments
 from attn_backends.config import known_settings, parse_config
 from attn_backends.method import Geometry
 from attn_backends.methods import REGISTRY, load_method
 from attn_backends.profile import NoSectionError, read_model_config
 from kvcache.retention import KeepAll
 
-__all__ = ["REGISTRY", "check_settings", "frees_memory", "own_settings"]
+__all__ = ["REGISTRY", "check_settings", "frees_memory", "own_settings", "speculation"]
+
+
+def speculation(method: str, settings: Mapping[str, Any], model: str) -> dict[str, Any] | None:
+    """vLLM's ``speculative_config`` where a method's sparse rows only draft, else None.
+
+    Args:
+        method: a name of ``REGISTRY``.
+        settings: see ``check_settings``.
+        model: folder or hub name.
+
+    Raises:
+        ConfigError: see ``check_settings``.
+    """
+    config = parse_config(load_method(method).config_cls, settings, method)
+    return speculative_arguments(model, config.draft_tokens) if config.draft_tokens else None
 
 
 def check_settings(method: str, settings: Mapping[str, Any]) -> None:

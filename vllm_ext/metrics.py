@@ -21,6 +21,7 @@ from kvcache.adapter.figures import FOLDER_ENV, metrics_folder
 RATIO = "vllm_ext:activation_ratio"
 RATIO_HELP = "Share of decode rows served by the sparse path since the start, over all engines."
 ROWS = "vllm_ext:decode_rows"
+DRAFT_ROWS = "vllm_ext:draft_rows"  # of a server whose sparse rows draft: it has no others
 
 
 class WorkerFigures(Collector):
@@ -39,7 +40,8 @@ class WorkerFigures(Collector):
             return []
         collector: Any = MultiProcessCollector  # prometheus_client is partly untyped
         families: list[Metric] = [*collector(CollectorRegistry(), path=str(self._folder)).collect()]
-        return [*families, *(_ratio(family) for family in families if family.name == ROWS)]
+        counted = [family for family in families if family.name in (ROWS, DRAFT_ROWS)]
+        return [*families, *map(_ratio, counted)]
 
 
 def _ratio(rows: Metric) -> Metric:
@@ -92,13 +94,22 @@ def export() -> None:
 
 def decode_rows() -> dict[tuple[str, str, str], float]:
     """Rows served so far by (method, path, reason), over all workers of this server."""
+    return _rows(ROWS)
+
+
+def draft_rows() -> dict[tuple[str, str, str], float]:
+    """The same of rows that drafted, where sparse rows only draft."""
+    return _rows(DRAFT_ROWS)
+
+
+def _rows(name: str) -> dict[tuple[str, str, str], float]:
     folder = metrics_folder()
     if folder is None:
         return {}
     return {
         (labels["method"], labels["path"], labels["reason"]): sample.value
         for family in WorkerFigures(folder).collect()
-        if family.name == ROWS
+        if family.name == name
         for sample in family.samples
         if (labels := sample.labels)
     }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attn_backends.adapter.speculation import speculation_reasons
 from attn_backends.config import ConfigError
 from attn_backends.method import SparseMethod
 
@@ -99,7 +100,6 @@ def _engine_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
             cache.block_size % smallest != 0,
             f"--block-size {cache.block_size} (use a multiple of {smallest})",
         ),
-        (vllm_config.speculative_config is not None, "speculative decoding"),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
         (vllm_config.kv_transfer_config is not None, "KV transfer connectors"),
         (
@@ -118,16 +118,23 @@ def _engine_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
     return [reason for failed, reason in checks if failed]
 
 
-def unsupported_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
+def unsupported_reasons(
+    vllm_config: VllmConfig, device_type: str, draft_tokens: int = 0
+) -> list[str]:
     """What of this configuration no method of ours can serve; empty when all is well.
 
     Args:
         vllm_config: complete, after the platform's own updates.
         device_type: ``cpu`` or ``cuda``.
+        draft_tokens: see ``MethodConfig.draft_tokens``.
     """
     if vllm_config.model_config is None:
         return []
-    return [*_model_reasons(vllm_config.model_config), *_engine_reasons(vllm_config, device_type)]
+    return [
+        *_model_reasons(vllm_config.model_config),
+        *_engine_reasons(vllm_config, device_type),
+        *speculation_reasons(vllm_config, draft_tokens),
+    ]
 
 
 def refuse(method: SparseMethod, reasons: list[str]) -> ConfigError:

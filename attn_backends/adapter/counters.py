@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 from attn_backends.recall import BOUNDS, RecallWatch
 from kvcache.adapter.figures import figure_files
 
 ROWS = "vllm_ext:decode_rows"
 ROWS_HELP = "Decode rows served, by method, path (sparse or dense) and reason."
+DRAFT_ROWS = "vllm_ext:draft_rows"
+DRAFT_ROWS_HELP = (
+    "Rows of steps after which lossless mode drafts, by method, path (sparse, dense, or none: no "
+    "row of the batch would leave anything out) and reason."
+)
+VERIFY_ROWS = "vllm_ext:verify_rows"
+VERIFY_ROWS_HELP = "Rows that lossless mode verified densely, with drafts or without, by method."
 RECALL = "vllm_ext:selection_recall"
 RECALL_HELP = (
     "Attention mass that selections cover, moving average over an engine's rows. own: the worst "
@@ -59,11 +66,8 @@ class RowCounters:
         Args:
             rows: number of rows by (path, reason); the path is ``sparse`` or ``dense``.
         """
-        if self._files is None:
-            return
-        for (path, reason), num_rows in rows.items():
-            labels = self._method | {"path": path, "reason": reason}
-            if num_rows:
+        for labels, num_rows in self._labelled(rows):
+            if self._files is not None:
                 self._files.add_to_counter(ROWS, ROWS_HELP, labels, num_rows)
 
     def add_routes(self, routes: Mapping[tuple[int, str], int]) -> None:
@@ -77,6 +81,30 @@ class RowCounters:
         for (group, route), requests in routes.items():
             labels = self._method | {"group": str(group), "route": route}
             self._files.add_to_counter(ROUTES, ROUTES_HELP, labels, requests)
+
+    def add_drafted(self, rows: Mapping[tuple[str, str], int]) -> None:
+        """Counts rows that drafted in this step.
+
+        Args:
+            rows: number of rows by (path, reason); the path is ``sparse``, ``dense``, or ``none``
+                where the whole batch had nothing to leave out and did not draft.
+        """
+        for labels, num_rows in self._labelled(rows):
+            if self._files is not None:
+                self._files.add_to_counter(DRAFT_ROWS, DRAFT_ROWS_HELP, labels, num_rows)
+
+    def add_verified(self, num_rows: int) -> None:
+        """Counts rows that the dense pass of this step verified."""
+        if self._files is not None and num_rows:
+            self._files.add_to_counter(VERIFY_ROWS, VERIFY_ROWS_HELP, self._method, num_rows)
+
+    def _labelled(
+        self, rows: Mapping[tuple[str, str], int]
+    ) -> Iterator[tuple[dict[str, str], int]]:
+        """Labels and number of those that there are."""
+        for (path, reason), num_rows in rows.items():
+            if num_rows:
+                yield self._method | {"path": path, "reason": reason}, num_rows
 
     def show_recall(self, watch: RecallWatch) -> None:
         """Writes what the watch learned since this was last called."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,6 +29,7 @@ from attn_backends.adapter.planning import (
 )
 from attn_backends.adapter.rows import (
     RowKinds,
+    is_prefilling,
     kinds_by_order,
     kinds_by_tokens,
     query_positions,
@@ -38,7 +39,7 @@ from attn_backends.config import ConfigError
 from attn_backends.layer_step import LayerStep, StepBatch, ops_of
 from attn_backends.method import SparseMethod
 from attn_backends.ops.resolution import Ops
-from attn_backends.plan import NO_LAYERS, LayerPlan, StepPlan
+from attn_backends.plan import DENSE_LAYER, NO_LAYERS, LayerPlan, StepPlan
 from attn_backends.warm_up import Limits, WarmLayer, warm_up
 
 if TYPE_CHECKING:
@@ -145,6 +146,9 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             for spans in ((), schedule.spans.values())
         )
         self._ops, self._layers = (plain, ruled), layers
+        # Where sparse rows only draft, steps of the scheduler verify: they read everything.
+        self._verifies = config.draft_tokens > 0
+        self._dense_plan = StepPlan(dict.fromkeys(self._layer_of.values(), DENSE_LAYER), ())
         logger.info("%s: block %d tokens; %s; %s", method.name, geometry.block_size, ruled, config)
 
     def build(
@@ -155,8 +159,35 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
     ) -> ExtMetadata:
         """See ``AttentionMetadataBuilder.build``."""
         common = common_attn_metadata
+        if self._verifies:
+            decoding = ~is_prefilling(common)
+            self._planner.count_verified(int(decoding.sum()))
+            return self._metadata(common, replace(self._dense_plan), 0)
         kinds = kinds_by_order if self.device.type == "cpu" else kinds_by_tokens
         rows = kinds(common)
+        return self._metadata(common, self._plan(common, rows), rows.num_decodes)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> ExtMetadata:
+        """See ``AttentionMetadataBuilder.build_for_drafting``: rows of one token each, whose
+        lengths are known on the host.
+        """
+        common = common_attn_metadata
+        plan = self._planner.plan(
+            self,
+            common.seq_lens,
+            common.seq_lens_cpu_upper_bound,
+            common.num_reqs,
+            places=common.req_idx,
+            draft_index=draft_index,
+        )
+        return self._metadata(common, plan, common.num_reqs)
+
+    def _metadata(
+        self, common: CommonAttentionMetadata, plan: StepPlan, num_decodes: int
+    ) -> ExtMetadata:
+        """The step's plan on this group's block table; the first rows are decode rows."""
         batch = PagedBatch(
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
@@ -166,13 +197,12 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
         )
-        plan = self._plan(common, rows)
         layers = {
             name: plan.layers[index]
             for name, index in self._layer_of.items()
             if index in plan.layers
         }
-        step = StepBatch.split(batch, rows.num_decodes, self._max_model_len).cut(plan.cuts)
+        step = StepBatch.split(batch, num_decodes, self._max_model_len).cut(plan.cuts)
         split = self._planner.split
         return ExtMetadata(step, layers, plan, self._ops, batch.block_table, split)
 

@@ -80,6 +80,7 @@ class StepPlanner:
         prompt_rows: Sequence[int] = (),
         places: Sequence[int] | None = None,
         prefill_queries: Sequence[range] = (),
+        draft_index: int | None = None,
     ) -> StepPlan:
         """The step's plan, made for the first builder that asks: each asks once per step.
 
@@ -91,6 +92,7 @@ class StepPlanner:
             prompt_rows: of the decode rows, those of a single prompt token (rows.py).
             places: see ``RequestBook.ids_of_rows``.
             prefill_queries: see ``StepRows``; for planners that follow prompts.
+            draft_index: see ``StepRows``; None where the rows are no drafts.
         """
         if not self._served or id(builder) in self._served:
             self._served.clear()
@@ -109,9 +111,13 @@ class StepPlanner:
                     prompt_rows,
                     dense_until,
                     prefill_queries,
+                    draft_index or 0,
                 )
             )
-            self._count(set(prompt_rows))
+            if draft_index is None:
+                self._count(set(prompt_rows))
+            elif draft_index == 0:
+                self._count_drafts()
         self._served.add(id(builder))
         return self._plan
 
@@ -124,6 +130,25 @@ class StepPlanner:
         if self._counters is not None:
             self._counters.add_routes(prompts.take_counts())
         return routes
+
+    def count_verified(self, num_rows: int) -> None:
+        """Rows of a step that read everything, since what is sparse are drafts.
+
+        Args:
+            num_rows: that do not read their prompt; fewer of a batch that is nobody's.
+        """
+        if self._counters is not None:
+            self._counters.add_verified(min(num_rows, BOOK.num_rows))
+
+    def _count_drafts(self) -> None:
+        """Once for all drafts of a step."""
+        if self._counters is None:
+            return
+        reasons = self._plan.reasons[: BOOK.num_rows]
+        drafts = bool(self._plan.narrowed_rows)
+        rows = Counter(reason.value for reason in reasons)
+        undrafted = Counter({("none", reason): count for (_, reason), count in rows.items()})
+        self._counters.add_drafted(rows if drafts else undrafted)
 
     def _count(self, prompt_rows: Collection[int]) -> None:
         """Rows of requests alone, and not those that still read their prompt."""

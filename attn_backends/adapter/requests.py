@@ -148,6 +148,7 @@ class RequestBook:
         self._dense_until: dict[str, int] | None = None  # None: nobody asks
         self.presets: Mapping[str, RowOptions] = PRESETS
         self.num_rows = 0  # of the scheduler's step in hand
+        self._last_num_rows = 0
         self.row_ids: RowIds = lambda places: ()
 
     @contextmanager
@@ -157,11 +158,20 @@ class RequestBook:
         beside other data-parallel engines that have work.
         """
         self.update(scheduler_output)
-        self.num_rows = len(scheduler_output.num_scheduled_tokens)
+        self.num_rows = self._last_num_rows = len(scheduler_output.num_scheduled_tokens)
         try:
             yield
         finally:
             self.num_rows = 0
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """While it lasts, rows are those of the last step: drafts follow it before the next one."""
+        self.num_rows = self._last_num_rows
+        try:
+            yield
+        finally:
+            self.num_rows = self._last_num_rows = 0
 
     def update(self, scheduler_output: SchedulerOutput) -> None:
         """Takes note of new requests and forgets finished ones; preempted ones stay.

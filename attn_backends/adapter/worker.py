@@ -113,9 +113,12 @@ class RetainingWorker:
             return stock.execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """See ``Worker.sample_tokens``; the output carries routes to the scheduler."""
+        """See ``Worker.sample_tokens``; drafts are made there, and the output carries routes to the
+        scheduler.
+        """
         stock: Any = super()
-        output = stock.sample_tokens(grammar_output)
+        with BOOK.sampling():
+            output = stock.sample_tokens(grammar_output)
         routes = {} if output is None else take_routes(self.vllm_config)
         return with_routes(output, routes) if routes else output
 
@@ -158,7 +161,7 @@ def row_ids_of(runner: Any) -> RowIds:
         runner: vLLM's V1 or V2 model runner.
     """
     if not hasattr(runner, "req_states"):
-        return lambda places: runner.input_batch.req_ids
+        return lambda places: _at(places, runner.input_batch.req_ids)
     names: Mapping[int, str] = runner.req_states.index_to_req_id
 
     def by_place(places: Sequence[int] | None) -> Sequence[str | None]:
@@ -169,6 +172,10 @@ def row_ids_of(runner: Any) -> RowIds:
         return [names[int(place)] for place in places]
 
     return by_place
+
+
+def _at(places: Sequence[int] | None, ids: Sequence[str]) -> Sequence[str | None]:
+    return ids if places is None else [ids[place] for place in places]
 
 
 class ReadyBeforeServing:
@@ -222,7 +229,9 @@ if current_platform.is_cpu():
                 return super().sample_tokens(grammar_output)
 
     class ExtCPUWorker(RetainingWorker, MendedCPUWorker):
-        """Audits, too."""
+        """Audits and drafts, too."""
+
+        _drafts = False
 
         def init_device(self) -> None:
             """See ``CPUWorker.init_device``."""
@@ -230,9 +239,27 @@ if current_platform.is_cpu():
             method = chosen_method(self.vllm_config)
             if method is None:
                 return
-            share = method_config(self.vllm_config, method).audited_share
-            if share:
-                with_audit(self.model_runner, share, method.name)
+            config = method_config(self.vllm_config, method)
+            if config.audited_share:
+                with_audit(self.model_runner, config.audited_share, method.name)
+            self._drafts = config.draft_tokens > 0
+            if self._drafts:
+                from attn_backends.adapter.proposer import SelfProposer
+
+                runner = self.model_runner
+                runner.drafter = SelfProposer(self.vllm_config, self.device, runner)
+
+        def load_model(self, *args: Any, **kwargs: Any) -> None:
+            """See ``Worker.load_model``.
+
+            Raises:
+                RuntimeError: vLLM loaded another drafter than ours.
+            """
+            super().load_model(*args, **kwargs)
+            if self._drafts:
+                from attn_backends.adapter.proposer import require_own_drafter
+
+                require_own_drafter(self.model_runner)
 
 else:
 

@@ -7,9 +7,12 @@ what sharing a selection between layers costs. The first layers are dense as in 
 
 from __future__ import annotations
 
+import torch
+
 from attn_backends.budget import BudgetSelector, prompts_cached
 from attn_backends.budget_config import ROW_OPTIONS, BudgetConfig
-from attn_backends.method import Capabilities, Geometry, Purpose, SparseMethod
+from attn_backends.drafting import drafting_if_asked
+from attn_backends.method import Capabilities, Geometry, Purpose, Selector, SparseMethod
 from attn_backends.plan import LayerRole, LayerSchedule
 
 DENSE_LAYERS = 2
@@ -22,13 +25,20 @@ def _schedule(config: BudgetConfig, geometry: Geometry) -> LayerSchedule:
     )
 
 
+def _selector(
+    config: BudgetConfig, schedule: LayerSchedule, geometry: Geometry, device: torch.device
+) -> Selector:
+    selector = BudgetSelector(config, schedule, geometry, device)
+    return drafting_if_asked(selector, config, schedule, geometry, device)
+
+
 METHOD = SparseMethod(
     name="ORACLE_TOPK",
     summary="every layer reads its own best blocks, for evaluation",
     paper="the oracle of Quest, arXiv 2406.10774, and TidalDecode, by KV block",
     config_cls=BudgetConfig,
     schedule=_schedule,
-    make_selector=BudgetSelector,
+    make_selector=_selector,
     capabilities=Capabilities(
         reads="everything, then budget_tokens of it again; decode only",
         frees="nothing",

@@ -18,12 +18,12 @@ from pydantic import Field
 
 from attn_backends.config import (
     EngineFacts,
-    MethodConfig,
     SettingError,
     at_least,
     block_problem,
     one_of,
 )
+from attn_backends.lossless_config import LosslessConfig
 from attn_backends.method import Capabilities, Geometry, SparseMethod, keep_everything
 from attn_backends.plan import LayerRole, LayerSchedule
 from attn_backends.profile import ProfileSection, load_profile, require_fit, require_placed
@@ -64,7 +64,7 @@ class WindowSection(ProfileSection):
 
 
 @dataclass(frozen=True)
-class SinkWindowConfig(MethodConfig):
+class SinkWindowConfig(LosslessConfig):
     """Settings of SINK_WINDOW.
 
     Attributes:
@@ -85,8 +85,14 @@ class SinkWindowConfig(MethodConfig):
     retention: str = one_of(RETENTION_CHOICES, default="evict")
     profile: str = ""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.retention == "evict":
+            self.refuse_with_drafts("retention", "keep_all")
+
     def check(self, engine: EngineFacts) -> None:
         """See ``MethodConfig.check``."""
+        super().check(engine)
         if problem := block_problem(self.window_tokens, engine.block_size):
             raise SettingError("window_tokens", problem)
 

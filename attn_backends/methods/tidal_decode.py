@@ -31,7 +31,8 @@ from attn_backends.batch import RowOptions
 from attn_backends.budget import BudgetSelector
 from attn_backends.budget_config import PRESETS, ROW_OPTIONS, BudgetConfig
 from attn_backends.config import POLICY_KEY, EngineFacts, SettingError, at_least, one_of
-from attn_backends.method import Capabilities, Geometry, SparseMethod
+from attn_backends.drafting import drafting_if_asked
+from attn_backends.method import Capabilities, Geometry, Selector, SparseMethod
 from attn_backends.plan import CHOOSING_ROLES, LayerRole, LayerSchedule
 from attn_backends.policy.composition import compose, retention_of
 from attn_backends.policy.model import NO_POLICY, Policy, PolicyError
@@ -135,6 +136,10 @@ class TidalConfig(BudgetConfig):
                 f"is {self.reselect_steps}, but anchors that attend everything read it in every "
                 "step; set vllm_ext.anchor_attention to selected",
             )
+        if self.reselect_steps > 1:
+            self.refuse_with_drafts("reselect_steps", "1")
+        if self.anchor_attention == "full":
+            self.refuse_with_drafts("anchor_attention", "selected")
         self.policy.require_budgets(self.least_budget_tokens, self.min_context_tokens)
 
     @classmethod
@@ -203,6 +208,13 @@ class TidalSelector(BudgetSelector):
         return budgets.to(torch.int32)
 
 
+def _selector(
+    config: TidalConfig, schedule: LayerSchedule, geometry: Geometry, device: torch.device
+) -> Selector:
+    selector = TidalSelector(config, schedule, geometry, device)
+    return drafting_if_asked(selector, config, schedule, geometry, device)
+
+
 def _checking_every_age(config: TidalConfig) -> TidalConfig:
     """Guard checks and selections out of step: a check would else see one age of them only."""
     interval_steps = config.guard_interval_steps
@@ -234,7 +246,7 @@ def _schedule(config: TidalConfig, geometry: Geometry) -> LayerSchedule:
 def _entries(
     config: TidalConfig, schedule: LayerSchedule, geometry: Geometry
 ) -> tuple[KVEntry, ...]:
-    base = (KeepAll(caches_generated=False),) * geometry.num_layers
+    base = (KeepAll(caches_generated=config.is_lossless),) * geometry.num_layers
     return layer_entries(retention_of(config.policy, base), schedule.dropped)
 
 
@@ -259,7 +271,7 @@ METHOD = SparseMethod(
     paper="TidalDecode, arXiv 2410.05076; Kascade, arXiv 2512.16391",
     config_cls=TidalConfig,
     schedule=_schedule,
-    make_selector=TidalSelector,
+    make_selector=_selector,
     capabilities=Capabilities(
         reads="everything in dense layers, all keys in anchors, budget_tokens elsewhere; in decode",
         frees="nothing, except what a policy's window layers leave out",

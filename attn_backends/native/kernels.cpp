@@ -295,6 +295,7 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
   const auto logical = [blocks](int64_t i) { return blocks ? blocks[i] : i; };
   for (int64_t i = first; i < last; ++i) {
     const int64_t base = logical(i) * block_size, physical = table[logical(i)];
+    if (base > position) break;  // a block of tokens to come: so are those after it
     const T* key = tile<T>(a.cache.key, a.cache, physical, head);
     const T* value = tile<T>(a.cache.value, a.cache, physical, head);
     const T *next_key = nullptr, *next_value = nullptr;

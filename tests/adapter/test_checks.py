@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from attn_backends.adapter.checks import refuse, unsupported_reasons
+from attn_backends.adapter.speculation import speculative_arguments
 from attn_backends.answer_windows import answer_entries
 from attn_backends.config import ConfigError, SettingError
 from attn_backends.method import Geometry
@@ -39,6 +41,9 @@ def _vllm_config(
         "dtype": torch.bfloat16,
         "get_sliding_window": lambda: None,
         "get_head_size": lambda: 64,
+        "model": "models/one",
+        "max_model_len": 4096,
+        "logits_processors": None,
     } | (model or {})
     return SimpleNamespace(
         model_config=SimpleNamespace(**model_config),
@@ -55,6 +60,7 @@ def _vllm_config(
                     "decode_context_parallel_size": 1,
                     "prefill_context_parallel_size": 1,
                     "use_ubatching": False,
+                    "data_parallel_size": 1,
                 }
                 | (parallel or {})
             )
@@ -64,6 +70,7 @@ def _vllm_config(
             {
                 "speculative_config": None,
                 "kv_transfer_config": None,
+                "lora_config": None,
                 "use_v2_model_runner": False,
             }
             | (engine or {})
@@ -97,7 +104,7 @@ def test_an_ordinary_model_has_no_reasons() -> None:
         ({"cache": {"cache_dtype": "fp8"}}, "--kv-cache-dtype fp8"),
         ({"cache": {"block_size": 16}}, "--block-size 16 (use a multiple of 32)"),
         ({"cache": {"kv_sharing_fast_prefill": True}}, "--kv-sharing-fast-prefill"),
-        ({"engine": {"speculative_config": object()}}, "speculative"),
+        ({"engine": {"speculative_config": object()}}, "speculative decoding (to draft with the"),
         ({"engine": {"kv_transfer_config": object()}}, "KV transfer"),
         ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size"),
         ({"parallel": {"decode_context_parallel_size": 2}}, "decode context parallelism"),
@@ -107,6 +114,58 @@ def test_each_unsupported_combination_is_named(change: dict[str, Any], words: st
     reasons = unsupported_reasons(_vllm_config(**change), "cpu")
     assert len(reasons) == 1
     assert words in reasons[0]
+
+
+def _speculation(**changes: Any) -> Any:
+    """vLLM's ``SpeculativeConfig`` as ``vllm-ext serve --lossless-tokens 3`` writes it."""
+    settings = {
+        **speculative_arguments("models/one", 3),
+        "rejection_sample_method": "standard",
+        "parallel_drafting": False,
+        "disable_padded_drafter_batch": False,
+        "use_heterogeneous_vocab": False,
+        "num_speculative_tokens_per_batch_size": None,
+        "draft_model_config": SimpleNamespace(max_model_len=4096),
+    }
+    return SimpleNamespace(**settings | changes)
+
+
+def test_our_own_speculative_settings_are_taken() -> None:
+    engine = {"speculative_config": _speculation()}
+    assert unsupported_reasons(_vllm_config(engine=engine), "cpu", draft_tokens=3) == []
+
+
+def test_drafts_need_vllm_s_speculative_decoding() -> None:
+    (reason,) = unsupported_reasons(_vllm_config(), "cpu", draft_tokens=3)
+    arguments = json.dumps(speculative_arguments("models/one", 3))
+    assert reason == f"lossless_tokens without vLLM's --speculative-config '{arguments}'"
+
+
+@pytest.mark.parametrize(
+    ("speculation", "change", "words"),
+    [
+        ({"method": "ngram"}, {}, "speculative_config.method 'ngram' beside lossless_tokens 3"),
+        ({"model": "models/two"}, {}, "speculative_config.model 'models/two'"),
+        ({"num_speculative_tokens": 5}, {}, "num_speculative_tokens 5 beside lossless_tokens 3"),
+        ({"draft_sample_method": "greedy"}, {}, "(it must be 'probabilistic')"),
+        ({"rejection_sample_method": "synthetic"}, {}, "(it must be 'standard')"),
+        ({"parallel_drafting": True}, {}, "parallel_drafting True"),
+        ({"disable_padded_drafter_batch": True}, {}, "disable_padded_drafter_batch True"),
+        ({"use_heterogeneous_vocab": True}, {}, "use_heterogeneous_vocab True"),
+        ({"num_speculative_tokens_per_batch_size": [1]}, {}, "per_batch_size [1]"),
+        ({"draft_model_config": SimpleNamespace(max_model_len=9)}, {}, "length of 9 beside"),
+        ({}, {"engine": {"lora_config": object()}}, "--enable-lora with --lossless-tokens"),
+        ({}, {"parallel": {"data_parallel_size": 2}}, "--data-parallel-size with"),
+        ({}, {"model": {"logits_processors": ["mine"]}}, "--logits-processors with"),
+    ],
+)
+def test_what_drafts_cannot_be_verified_with_is_named(
+    speculation: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    engine = {"speculative_config": _speculation(**speculation)} | change.get("engine", {})
+    config = _vllm_config(**change | {"engine": engine})
+    (reason,) = unsupported_reasons(config, "cpu", draft_tokens=3)
+    assert words in reason
 
 
 @pytest.mark.parametrize(

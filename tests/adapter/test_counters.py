@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from attn_backends.adapter.counters import AuditFigures, RowCounters
 from attn_backends.recall import RecallWatch
 from kvcache.adapter.figures import FOLDER_ENV, figure_files
-from vllm_ext.metrics import WorkerFigures, decode_rows
+from vllm_ext.metrics import WorkerFigures, decode_rows, draft_rows
 
 WORKER = """
 from attn_backends.adapter.counters import RowCounters
@@ -169,6 +169,27 @@ def test_bytes_saved_wait_for_those_that_were_read_twice(folder: Path) -> None:
         ]
         shown.append(found)
     assert shown == [0, 0, 70, 70, 90]
+
+
+def test_rows_that_draft_are_not_decode_rows(folder: Path) -> None:
+    counters = RowCounters("TIDAL_DECODE")
+    counters.add_drafted({("sparse", "selected"): 3, ("dense", "request_off"): 1})
+    counters.add_drafted({("none", "short_context"): 4})
+    counters.add_verified(8)
+    counters.add_verified(0)
+    assert decode_rows() == {}
+    assert draft_rows() == {
+        ("TIDAL_DECODE", "sparse", "selected"): 3,
+        ("TIDAL_DECODE", "dense", "request_off"): 1,
+        ("TIDAL_DECODE", "none", "short_context"): 4,
+    }
+    values = {
+        sample.name: sample.value
+        for family in WorkerFigures(folder).collect()
+        if family.name in ("vllm_ext:verify_rows", "vllm_ext:activation_ratio")
+        for sample in family.samples
+    }
+    assert values == {"vllm_ext:verify_rows_total": 8, "vllm_ext:activation_ratio": 3 / 8}
 
 
 def test_no_folder_means_no_export_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,18 @@ def test_rows_are_requests_within_a_step_of_the_scheduler_alone() -> None:
     assert book.num_rows == 0
 
 
+def test_drafts_are_of_the_step_before_them() -> None:
+    book = RequestBook()
+    book.row_ids = lambda places: ["a", "b"] if places is None else [f"at {p}" for p in places]
+    with book.step(_step({"a": None, "b": None})):
+        pass
+    with book.sampling():
+        assert book.ids_of_rows(2) == ["a", "b"]
+        assert book.ids_of_rows(1, [1]) == ["at 1"]
+    with book.sampling():
+        assert book.ids_of_rows(2) == (), "nothing was computed since"
+
+
 def test_the_options_of_a_sessions_later_chunk_are_its_own() -> None:
     book = RequestBook()
     book.update(_step({"a": {"budget_tokens": 128}}))

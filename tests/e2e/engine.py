@@ -16,6 +16,7 @@ def run_engine(
     jobs: list[dict[str, Any]],
     env: dict[str, str] | None = None,
     registry: dict[str, str] | None = None,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Starts an engine, runs jobs in order, stops it.
 
@@ -24,17 +25,20 @@ def run_engine(
         jobs: each ``{"prompts": [[ids]], "together": bool, "max_tokens": n}``, and optionally
             ``"extra_args"``, one object or null per prompt; ``"preempt_at"``, steps after which
             every running request is preempted (prompts together); ``"abort_at"``, steps after
-            which the last request that is still in prefill is aborted and asked again later.
+            which the last request that is still in prefill is aborted and asked again later;
+            ``"params"``, more of ``SamplingParams``, which win, or a ``"json_schema"``.
         env: additions to the environment.
         registry: methods that stand in the registry besides ours.
+        known: see ``known_drafts.replace_drafts``; None: drafts are the drafter's.
 
     Returns:
         ``{"jobs": [[{"tokens": [...], "logprobs": [[id, logprob], ...]}]], "rows": {...},
-        "preemptions": n, "freed_blocks": [by KV group], "num_blocks": n, "lost_blocks": n,
-        "figures": {...}, "routes": [[by prompt] by job]}`` with the logprob of each token;
-        ``num_blocks`` is the size of the KV pool, ``lost_blocks`` what of it is not free in the
-        end, ``figures`` all other figures of ours by name and the last of their labels,
-        ``routes`` what the scheduler learned of each request, null where nothing.
+        "preemptions": n, "prefix_hits": tokens, "freed_blocks": [by KV group], "num_blocks": n,
+        "lost_blocks": n, "figures": {...}, "routes": [[by prompt] by job], "drafts": {...}}`` with
+        the logprob of each token; ``num_blocks`` is the size of the KV pool, ``lost_blocks`` what
+        of it is not free in the end, ``figures`` all other figures of ours by name and the last of
+        their labels, ``routes`` what the scheduler learned of each request, null where nothing,
+        ``drafts`` vLLM's own figures of speculative decoding.
 
     Raises:
         UserError: the engine failed; the message ends with its log.
@@ -43,7 +47,8 @@ def run_engine(
     changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TRITON_INTERPRET": None, **(env or {})}
     with Child("engine", "tests.e2e.engine", quiet_environment(changes), ROOT) as child:
         answer: dict[str, Any] = child.ask(
-            {"engine": engine, "jobs": jobs, "registry": registry or {}}, limit_s=1500
+            {"engine": engine, "jobs": jobs, "registry": registry or {}, "known": known},
+            limit_s=1500,
         )
     return answer
 
@@ -86,12 +91,15 @@ def _generate(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
         (
             {"prompt_token_ids": ids},
             SamplingParams(
-                temperature=0,
-                max_tokens=job["max_tokens"],
-                ignore_eos=True,
-                detokenize=False,
-                logprobs=0,
-                extra_args=extra,
+                **{
+                    "temperature": 0,
+                    "max_tokens": job["max_tokens"],
+                    "ignore_eos": True,
+                    "detokenize": False,
+                    "logprobs": 0,
+                    "extra_args": extra,
+                    **_params(job.get("params", {})),
+                }
             ),
         )
         for ids, extra in zip(job["prompts"], extra_args, strict=True)
@@ -112,13 +120,25 @@ def _generate(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
             answers.append(
                 {
                     "tokens": tokens,
+                    "text": completion.text,
                     "logprobs": [
                         step[token].logprob
-                        for step, token in zip(completion.logprobs, tokens, strict=True)
+                        for step, token in zip(completion.logprobs or [], tokens, strict=False)
                     ],
                 }
             )
     return answers
+
+
+def _params(asked: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``SamplingParams``."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = asked.get("json_schema")
+    given = {name: value for name, value in asked.items() if name != "json_schema"}
+    if schema is not None:
+        given["structured_outputs"] = StructuredOutputsParams(json=schema)
+    return given
 
 
 def _disturbed(
@@ -197,12 +217,26 @@ def _routed(llm: Any, jobs: list[dict[str, Any]], routes: list[list[int | None]]
         routes.append([learned.get(first + number) for number in range(len(job["prompts"]))])
 
 
+def _drafts(llm: Any) -> dict[str, Any]:
+    """What vLLM counted of speculative decoding; empty where there is none."""
+    prefix = "vllm:spec_decode_num_"
+    metrics = [metric for metric in llm.get_metrics() if metric.name.startswith(prefix)]
+    return {
+        metric.name.removeprefix(prefix): getattr(metric, "value", None) or metric.values
+        for metric in metrics
+    }
+
+
 def _run(spec: dict[str, Any]) -> dict[str, Any]:
     from attn_backends.methods import REGISTRY
 
     REGISTRY.update(spec["registry"])  # before vLLM asks for plugins
     from vllm import LLM
 
+    if spec["known"] is not None:
+        from tests.e2e.known_drafts import replace_drafts
+
+        replace_drafts(**spec["known"])
     llm = LLM(**{"disable_log_stats": False, "seed": 0, **spec["engine"]})
     routes: list[list[int | None]] = []
     jobs = list(_routed(llm, spec["jobs"], routes))
@@ -217,7 +251,8 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     managers = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
     freed = [getattr(m, "num_freed_blocks", 0) for m in managers.single_type_managers]
     result = {"jobs": jobs, "rows": rows, "preemptions": metrics["vllm:num_preemptions"]}
-    result |= {"freed_blocks": freed, "figures": figures, "routes": routes}
+    result |= {"prefix_hits": metrics["vllm:prefix_cache_hits"], "routes": routes}
+    result |= {"freed_blocks": freed, "figures": figures, "drafts": _drafts(llm)}
     num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     num_held = num_blocks - 1 - managers.block_pool.get_num_free_blocks()  # one is the null block
     result |= {"num_blocks": num_blocks, "lost_blocks": num_held}

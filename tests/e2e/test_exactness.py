@@ -7,7 +7,6 @@ tokens are the same; in bf16 the logits themselves tie.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from attn_backends.config import known_settings
 from attn_backends.method import Purpose
 from attn_backends.methods import REGISTRY, load_method
 from tests.e2e.engine import run_engine, tokens_of
+from tests.e2e.reference import Mask, masked_reference
 from vllm_ext.evaluation.run import settings_reaching
 
 pytestmark = pytest.mark.e2e
@@ -26,7 +26,6 @@ NEW_TOKENS = 12
 SINK, WINDOW = 40, 200  # neither a multiple of the block size; most prompts exceed their sum
 LOGPROB_TOLERANCE = 2e-3  # fp32, 30 layers, another summation order; typical error 1e-5
 MAX_TOKENS = 3200
-Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,33 +99,6 @@ def stock(model_path: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
     return list(answer["jobs"][0])
 
 
-def _masked_reference(
-    model_path: str, prompts: list[list[int]], answers: list[dict[str, Any]], sees: Mask
-) -> list[tuple[list[int], list[float]]]:
-    """Greedy token and its logprob at every generated position, by transformers.
-
-    The generated tokens are forced, so one forward pass per prompt checks all steps; the
-    mask is written out and knows nothing of blocks, chunks or caches.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    results = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor([prompt + answer["tokens"][:-1]])
-        row = torch.arange(ids.shape[1])[:, None]
-        column = torch.arange(ids.shape[1])[None, :]
-        visible = (column <= row) & sees(row, column)
-        mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask).logits[0, len(prompt) - 1 :]
-        best = logits.log_softmax(-1).max(-1)
-        results.append((best.indices.tolist(), best.values.tolist()))
-    return results
-
-
 @pytest.fixture(scope="module", params=_cases(*CASES))
 def served(
     request: pytest.FixtureRequest, model_path: str, prompts: list[list[int]]
@@ -150,7 +122,7 @@ def test_alone_equals_the_reference(
         assert tokens_of(alone) == tokens_of(stock)
         expected = [reference["logprobs"] for reference in stock]
     else:
-        reference = _masked_reference(model_path, prompts, alone, sees)
+        reference = masked_reference(model_path, prompts, alone, sees)
         assert tokens_of(alone) == [tokens for tokens, _ in reference]
         expected = [logprobs for _, logprobs in reference]
         pairs = zip(alone, stock, strict=True)

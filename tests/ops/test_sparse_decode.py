@@ -310,6 +310,25 @@ def test_query_and_out_may_be_slices_of_wider_tensors(impl: OpImpl) -> None:
     _check(out[:, 4:8].cpu(), problem, None, selection)
 
 
+@pytest.mark.parametrize("seq_lens", [(64, 33, 1), (600, 97, 64)], ids=["one_split", "splits"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_blocks_of_tokens_to_come_are_not_read(impl: OpImpl, seq_lens: tuple[int, ...]) -> None:
+    problem = _decode_problem(impl, seq_lens=tuple(n + 96 for n in seq_lens))
+    ahead = full_selection(problem)
+    lengths = torch.tensor(seq_lens, dtype=torch.int32, device=problem.device)
+    now = replace(
+        problem,
+        keys=[keys[:n] for keys, n in zip(problem.keys, seq_lens, strict=True)],
+        values=[values[:n] for values, n in zip(problem.values, seq_lens, strict=True)],
+        batch=replace(problem.batch, seq_lens=lengths),
+    )
+    for row, seq_len in enumerate(seq_lens):
+        begun = -(-seq_len // problem.layout.block_size)
+        to_come = problem.batch.block_table[row, begun : int(ahead.counts[row, 0])].long()
+        problem.key_cache[to_come] = problem.value_cache[to_come] = torch.nan
+    _check(_run(impl, now, ahead, None), now, None, full_selection(now))
+
+
 @pytest.mark.parametrize("span", [None, Span(0, 40)], ids=["no_rule", "window40"])
 @pytest.mark.parametrize("longest", [40, 300], ids=["one_split", "splits"])
 @pytest.mark.parametrize("impl", IMPLS)

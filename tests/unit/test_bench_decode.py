@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from attn_backends.adapter.speculation import speculative_arguments
 from attn_backends.config import SettingError
 from attn_backends.method import Geometry
 from attn_backends.methods import REGISTRY, load_method
@@ -25,6 +26,7 @@ from vllm_ext.bench.shapes import (
     write_profile,
 )
 from vllm_ext.cli import main
+from vllm_ext.engine_process import Drafts
 from vllm_ext.errors import UserError
 
 GIB = 1 << 30
@@ -182,12 +184,15 @@ class _FakeEngine:
 
     def __init__(self, name: str, engine: dict[str, Any], env: dict[str, str | None]) -> None:
         self.name = name
+        self.drafts = Drafts(0, ())
         self.alive.append(name)
         type(self).most_alive = max(self.most_alive, len(self.alive))
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
         step_s = 0.004 if self.name == "stock" else 0.002
         prefill_s = 0.5 if max_tokens == 1 else 0.01
+        if "lossless" in self.name:
+            self.drafts = Drafts(self.drafts.num_drafts + 10, (9, 8 * (self.drafts.num_drafts > 0)))
         return {"seconds": prefill_s + step_s * max_tokens}
 
     def close(self) -> None:
@@ -224,6 +229,21 @@ def test_arms_alternate_where_they_fit_and_the_report_says_so(
     assert "budget_tokens 3072" in table
     row = next(line for line in table.splitlines() if "TIDAL_DECODE |" in line)
     assert "| 2 x 100 | TIDAL_DECODE | 2.00 | 0.500 | 0.500 to 0.500 | 2.00 | 502.0 |" in row
+
+
+@pytest.mark.usefixtures("_fake_engines")
+def test_an_arm_that_drafts_reports_what_was_accepted(tmp_path: Path) -> None:
+    workload = replace(_workload(tmp_path, Cell(2, 100)), rounds=1)
+    settings = {"lossless_tokens": 2}
+    arm = decode.Arm("lossless", "TIDAL_DECODE", settings)
+    speculation = decode.engine_arguments(arm, workload, {}, None)["speculative_config"]
+    assert speculation == speculative_arguments(workload.model, 2)
+    assert "speculative_config" not in decode.engine_arguments(TIDAL, workload, {}, None)
+    result = decode.run(workload, [STOCK, arm], {}, lambda line: None)
+    assert result["cells"][0]["arms"]["lossless"]["accepted"] == [0.0, 0.4]
+    table = decode_report.markdown(result)
+    assert "| 0.00 0.40 |" in table
+    assert "| stock | 4.00 | 1.000 | 1.000 to 1.000 | 1.00 | - |" in table
 
 
 @pytest.mark.usefixtures("_fake_engines")

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from attn_backends.adapter.speculation import speculative_arguments
 from attn_backends.config import Between, rule_of, settings_of
 from attn_backends.methods import REGISTRY, load_method
 from vllm_ext import plugin
 from vllm_ext.cli import COMMANDS, main
 from vllm_ext.cli.flags import add_setting_flags, flag_of, merge_additional_config
 from vllm_ext.cli.ready import Address, curl_line
-from vllm_ext.cli.serve import check_model, check_port
+from vllm_ext.cli.serve import check_model, check_port, speculative_flag
 from vllm_ext.errors import UserError
 
 
@@ -215,3 +216,16 @@ def test_a_unix_socket_needs_no_port(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert "window_tokens given" in capsys.readouterr().err
         assert main(["serve", str(tmp_path), *taken, *bad_setting]) == 2
         assert "cannot listen" in capsys.readouterr().err
+
+
+def test_serve_tells_vllm_of_drafts_unless_the_user_does() -> None:
+    settings = {"lossless_tokens": 4}
+    flag, value = speculative_flag("models/one", "TIDAL_DECODE", settings, [])
+    assert flag == "--speculative-config"
+    assert json.loads(value) == speculative_arguments("models/one", 4)
+    assert speculative_flag("models/one", "TIDAL_DECODE", {"budget_tokens": 256}, []) == []
+    assert speculative_flag("models/one", "MOA", None, []) == []
+    given = ["--speculative-config={}"]
+    assert speculative_flag("models/one", "TIDAL_DECODE", settings, given) == []
+    with pytest.raises(UserError, match="give it as the first word"):
+        speculative_flag(None, "TIDAL_DECODE", settings, ["--model", "models/one"])

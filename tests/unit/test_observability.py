@@ -83,9 +83,11 @@ def _exported_by_vllm() -> set[str]:
     found = importlib.util.find_spec("vllm")
     assert found is not None
     assert found.origin is not None
-    tree = ast.parse(Path(found.origin).with_name("v1").joinpath("metrics/loggers.py").read_text())
-    names = set()
-    for node in ast.walk(tree):
+    folder = Path(found.origin).with_name("v1")
+    drafts = ast.walk(ast.parse((folder / "spec_decode" / "metrics.py").read_text()))
+    texts = [str(node.value) for node in drafts if isinstance(node, ast.Constant)]
+    names = {f"{text}_total" for text in texts if re.fullmatch(r"vllm:\w+", text)}  # counters alone
+    for node in ast.walk(ast.parse((folder / "metrics" / "loggers.py").read_text())):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         kind = node.func.attr.removeprefix("_").removesuffix("_cls")

@@ -25,6 +25,7 @@ from vllm_ext.bench.decode_workload import Cell, Workload
 from vllm_ext.bench.machine import machine
 from vllm_ext.bench.shapes import reads_anchors
 from vllm_ext.engine_process import EngineProcess
+from vllm_ext.methods import speculation
 from vllm_ext.plugin import DISABLE_ENV
 
 STOCK = "stock"  # extension switched off
@@ -48,10 +49,13 @@ class Arm:
 
 @dataclass
 class Samples:
-    """Milliseconds of every round of one arm in one cell; no TTFT unless it is asked for."""
+    """Milliseconds of every round of one arm in one cell; no TTFT unless it is asked for. Where
+    drafts are verified, also the share of them that was accepted, by position.
+    """
 
     tpot_ms: list[float] = field(default_factory=list)
     ttft_ms: list[float] = field(default_factory=list)
+    accepted: list[float] = field(default_factory=list)
 
     @property
     def latest(self) -> str:
@@ -92,6 +96,8 @@ def engine_arguments(
         own = _own_settings(arm, workload, settings)
         engine |= {"attention_backend": arm.engine}
         engine |= {"additional_config": {"vllm_ext": own}} if own else {}
+        if (drafting := speculation(arm.engine, own, workload.model)) is not None:
+            engine |= {"speculative_config": drafting, "disable_log_stats": False}
     return engine
 
 
@@ -143,9 +149,9 @@ def run(
         echo: progress lines go here.
 
     Returns:
-        Per cell and arm the TPOTs (and TTFTs) of all rounds, their median and spread, and the
-        ratio to the baseline of the same round; plus workload, machine, all settings of the
-        arms, and whether these ``alternated``.
+        Per cell and arm the TPOTs (and TTFTs) of all rounds, their median and spread, the accepted
+        share of drafts by position, and the ratio to the baseline of the same round; plus
+        workload, machine, all settings of the arms, and whether these ``alternated``.
 
     Raises:
         ConfigError: a method refuses its settings.
@@ -199,6 +205,7 @@ def _time_cell(
         # A few decode steps, too: what they compile is not timed.
         for primed in [pool.submit(arm.generate, primer, workload.short_tokens) for arm in arms]:
             primed.result()
+    drafted = {arm.name: arm.drafts for arm in arms}
     for round_number in range(workload.rounds):
         prompts = workload.prompts(cell, round_number)
         # A rotating order: no arm always runs first after another.
@@ -210,6 +217,8 @@ def _time_cell(
             samples[arm.name].tpot_ms.append(tpot_ms(arm, prompts, workload))
         line = ", ".join(f"{name} {values.latest}" for name, values in samples.items())
         echo(f"{cell}: round {round_number + 1} of {workload.rounds}: ms per token {line}")
+    for arm in arms:
+        samples[arm.name].accepted = arm.drafts.since(drafted[arm.name]).shares
     return samples
 
 
@@ -220,6 +229,8 @@ def summaries(arms: dict[str, Samples]) -> dict[str, dict[str, Any]]:
     for name, values in arms.items():
         figures = {"tpot_ms": values.tpot_ms, "tpot_ms_median": statistics.median(values.tpot_ms)}
         figures |= _ratios("", values.tpot_ms, first.tpot_ms)
+        if values.accepted:
+            figures |= {"accepted": values.accepted}
         if values.ttft_ms:
             figures |= {"ttft_ms": values.ttft_ms}
             figures |= {"ttft_ms_median": statistics.median(values.ttft_ms)}

@@ -12,16 +12,18 @@ HEADINGS = (
     "requests x context", "arm", "TPOT ms (median)", "TPOT / first arm (median)", "spread",
     "first arm / this",
 )  # fmt: skip
+ACCEPTED = "drafts accepted, by position"
 TTFT_HEADINGS = ("TTFT ms (median)", "least to most", "TTFT / first arm (median)")
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The result of ``decode.run`` as a Markdown table."""
     arms = [arm for cell in result["cells"] for arm in cell["arms"].values()]
-    headings = HEADINGS + (TTFT_HEADINGS if any("ttft_ms" in arm for arm in arms) else ())
+    headings = HEADINGS + ((ACCEPTED,) if any("accepted" in arm for arm in arms) else ())
+    headings += TTFT_HEADINGS if any("ttft_ms" in arm for arm in arms) else ()
     lines = [_about(result), "", _line(headings), "|" + "---|" * len(headings)]
     lines += [
-        _line([f"{cell['batch']} x {cell['context_tokens']}", name, *_figures(arm)])
+        _line([f"{cell['batch']} x {cell['context_tokens']}", name, *_figures(arm, headings)])
         for cell in result["cells"]
         for name, arm in cell["arms"].items()
     ]
@@ -38,16 +40,19 @@ def _about(result: dict[str, Any]) -> str:
         parts.append("eager" if work["is_eager"] else "compiled")
     parts += [f"{name} {value}" for name, value in result["settings"].items()]
     parts += [info["cpu"], versions(info), f"GPU: {info['gpu']}"]
-    return f"Decode, distinct random contexts, {', '.join(parts)}."
+    contexts = "texts" if work["is_text"] else "random contexts"
+    return f"Decode, distinct {contexts}, {', '.join(parts)}."
 
 
-def _figures(arm: dict[str, Any]) -> list[str]:
+def _figures(arm: dict[str, Any], headings: tuple[str, ...]) -> list[str]:
     cells = [
         _ms(arm["tpot_ms_median"]),
         f"{arm['ratio_median']:.3f}",
         f"{arm['ratio_min']:.3f} to {arm['ratio_max']:.3f}",
         f"{1 / arm['ratio_median']:.2f}",
     ]
+    if ACCEPTED in headings:
+        cells += [" ".join(f"{share:.2f}" for share in arm.get("accepted", ())) or "-"]
     if "ttft_ms" in arm:
         cells += [_ms(arm["ttft_ms_median"])]
         cells += [f"{_ms(min(arm['ttft_ms']))} to {_ms(max(arm['ttft_ms']))}"]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm_ext.bench.workloads import number
 from vllm_ext.errors import UserError
 
 CELLS_EXAMPLE = "8x32k,1x64k"
+TEXTS = ("pydoc_data/topics", "argparse", "pickletools", "typing", "doctest")
 _CELL = re.compile(r"(\d+)x(\d+k?)")
 
 
@@ -63,6 +67,8 @@ class Workload:
         profile: path of a profile for methods that read anchors, where settings name none.
         compilation_config: of vLLM, for all arms.
         times_ttft: every round prefills new contexts, and that is timed, too.
+        is_text: contexts are pieces of natural text, since how many drafts are accepted depends on
+            what is read; else random tokens.
     """
 
     model: str
@@ -78,6 +84,7 @@ class Workload:
     profile: str | None = None
     compilation_config: Mapping[str, Any] | None = None
     times_ttft: bool = False
+    is_text: bool = False
 
     @property
     def max_model_len(self) -> int:
@@ -86,10 +93,39 @@ class Workload:
         return longest + self.long_tokens + 64
 
     def prompts(self, cell: Cell, round_number: int) -> list[list[int]]:
-        """Distinct random contexts; those of all rounds are equal unless TTFT is timed."""
+        """Distinct contexts; those of all rounds are equal unless TTFT is timed."""
         part = f" {round_number}" if self.times_ttft else ""
         source = random.Random(f"{self.seed} {cell!r}{part}")
+        if self.is_text:
+            return _pieces(self.model, cell, source)
         return [
             [source.randrange(100, 40_000) for _ in range(cell.context_tokens)]
             for _ in range(cell.batch)
         ]
+
+
+def _pieces(model: str, cell: Cell, source: random.Random) -> list[list[int]]:
+    """Text of Python's language reference and library, one piece per request, none twice.
+
+    Raises:
+        UserError: more tokens than that has.
+    """
+    ids = _text_ids(model)
+    starts = list(range(0, len(ids) - cell.context_tokens + 1, cell.context_tokens))
+    if len(starts) < cell.batch:
+        raise UserError(
+            f"--text: {cell} tokens are more than the {len(ids)} of Python's own texts; ask for "
+            "fewer requests or shorter contexts"
+        )
+    chosen = source.sample(starts, cell.batch)
+    return [ids[start : start + cell.context_tokens] for start in chosen]
+
+
+@functools.cache
+def _text_ids(model: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = ((library / f"{name}.py").read_text(encoding="utf-8") for name in TEXTS)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    return [token for text in texts for token in tokenizer(text)["input_ids"]]

@@ -22,7 +22,8 @@ from vllm_ext.cli import bench_flags
 from vllm_ext.cli.flags import parse_setting, setting_fields
 from vllm_ext.errors import UserError
 
-GPU_LONG_TOKENS = 136  # steps are short there: a difference of 32 of them would be noise
+# Where steps are short, on GPUs, or bring several tokens: a difference of 32 would be noise.
+LONG_TOKENS = 136
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,9 +94,12 @@ def _workload(args: argparse.Namespace, arms: list[decode.Arm], scratch: Path) -
         rounds=args.rounds,
         compilation_config=bench_flags.compilation_config(args.compilation_config),
         times_ttft=args.ttft,
+        is_text=args.text,
     )
-    if torch.cuda.is_available():
-        workload = dataclasses.replace(workload, long_tokens=GPU_LONG_TOKENS)
+    if torch.cuda.is_available() or args.text:
+        workload = dataclasses.replace(workload, long_tokens=LONG_TOKENS)
+    if args.text and args.shape is not None:
+        raise UserError("--text needs a --model, which has a tokenizer; --shape has none")
     if args.shape is not None:
         workload = _with_random_model(workload, args, scratch)
     elif args.layers is not None:

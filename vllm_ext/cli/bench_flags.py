@@ -74,6 +74,11 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
         default=device_type() == "cuda",
         help="time the prefill of new contexts in every round, too (on GPUs)",
     )
+    parser.add_argument(
+        "--text",
+        action="store_true",
+        help="contexts are natural text: how many drafts are accepted depends on what is read",
+    )
     parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile, all arms")
     parser.add_argument(
         "--compilation-config",

@@ -12,13 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from attn_backends.config import ConfigError
-from attn_backends.methods import REGISTRY
+from attn_backends.config import ConfigError, settings_of
+from attn_backends.methods import REGISTRY, load_method
 from vllm_ext import __version__, plugin
 from vllm_ext.cli.cpu_defaults import method_chunk
-from vllm_ext.engine_process import SMALL_GPU_SHARE
+from vllm_ext.engine_process import SMALL_GPU_SHARE, drafts_of
 from vllm_ext.errors import UserError
-from vllm_ext.methods import check_settings
+from vllm_ext.methods import check_settings, speculation
 
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -116,18 +116,18 @@ def _report_device(platform: Any) -> None:
 
 
 def self_test(
-    model: str | None, method: str, profile: str | None, sizes: Mapping[str, int]
+    model: str | None, method: str, settings: dict[str, Any], sizes: Mapping[str, int]
 ) -> list[str]:
     """Decodes a few tokens with the method and reads the counters back.
 
     Args:
         model: model folder, or None for a tiny random one.
         method: the backend's name.
-        profile: of the model, for a method that reads one.
+        settings: the method's.
         sizes: of the engine, arguments of ``vllm.LLM``.
 
     Returns:
-        What is wrong; empty when every decode row was served by the method.
+        What is wrong; empty when every decode row was served by the method, or drafted by it.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: its parts can be asked
@@ -144,7 +144,9 @@ def self_test(
             options = {"model": folder, "load_format": "dummy", "skip_tokenizer_init": True}
         llm = LLM(
             attention_backend=method,
-            additional_config={"vllm_ext": {"profile": profile}} if profile else {},
+            additional_config={"vllm_ext": settings} if settings else {},
+            speculative_config=speculation(method, settings, options["model"]),
+            disable_log_stats=False,
             gpu_memory_utilization=SMALL_GPU_SHARE,
             seed=0,
             **sizes,
@@ -160,10 +162,20 @@ def self_test(
         )
         prompts = [{"prompt_token_ids": [3 + i % 1000 for i in range(n)]} for n in PROMPT_TOKENS]
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        rows = metrics.decode_rows()
+        is_drafting = vllm_config.speculative_config is not None
+        rows = metrics.draft_rows() if is_drafting else metrics.decode_rows()
+        drafts = _report_drafts(llm) if is_drafting else []
         core.shutdown()
     _line("decoded tokens", sum(len(output.outputs[0].token_ids) for output in outputs))
-    return problems + _report_rows(rows)
+    return problems + drafts + _report_rows(rows)
+
+
+def _report_drafts(llm: Any) -> list[str]:
+    """How many drafts were accepted; returns what is wrong."""
+    drafts = drafts_of(llm)
+    shares = " ".join(f"{share:.2f}" for share in drafts.shares)
+    _line("drafts accepted", f"{shares or 'none'} by position, of {drafts.num_drafts}")
+    return [] if any(drafts.accepted) else ["no draft was accepted: drafting only costs time here"]
 
 
 def _report_engine(vllm_config: Any, kv_cache_config: Any) -> None:
@@ -242,6 +254,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--attention-backend", default="SINK_WINDOW", metavar="NAME")
     parser.add_argument("--profile", metavar="FILE", help="for a method that reads one")
     _add_size_flags(parser)
+    parser.add_argument("--lossless-tokens", type=int, metavar="N", help="test drafts instead")
     args = parser.parse_args(argv)
     method = args.attention_backend.upper()
     if method not in REGISTRY:
@@ -254,7 +267,10 @@ def main(argv: list[str]) -> int:
         )
     if args.model and not Path(args.model, "config.json").is_file():
         raise UserError(f"{args.model} is not a model folder (no config.json)")
-    settings = {"profile": args.profile} if args.profile else {}
+    given = {"profile": args.profile, "lossless_tokens": args.lossless_tokens}
+    settings = {name: value for name, value in given.items() if value}
+    if args.lossless_tokens and "retention" in settings_of(load_method(method).config_cls):
+        settings["retention"] = "keep_all"
     try:
         check_settings(method, settings)
     except ConfigError as error:
@@ -268,7 +284,7 @@ def main(argv: list[str]) -> int:
         raise UserError(str(error)) from None
     problems = report_platform()
     if not problems:
-        problems = self_test(args.model, method, args.profile, _sizes(args, method))
+        problems = self_test(args.model, method, settings, _sizes(args, method))
     for problem in problems:
         print(f"PROBLEM: {problem}")
     print("all well" if not problems else f"{len(problems)} problem(s)")

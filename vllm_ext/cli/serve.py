@@ -26,6 +26,7 @@ from vllm_ext.cli.flags import POLICY_FLAG, add_setting_flags, flag_of, merge_ad
 from vllm_ext.cli.policy_file import PolicyFile, methods_with_policy, read_policy, require_method
 from vllm_ext.cli.ready import announce_when_ready, in_url
 from vllm_ext.errors import UserError
+from vllm_ext.methods import speculation
 
 EPILOG = """
 every flag of `vllm serve` works too; `vllm-ext serve --help=all` lists them all
@@ -128,6 +129,34 @@ def check_settings(backend: str, settings: dict[str, Any] | None) -> None:
     parse_config(load_method(backend).config_cls, settings, backend)
 
 
+def speculative_flag(
+    model: str | None, backend: str, settings: dict[str, Any] | None, rest: list[str]
+) -> list[str]:
+    """``--speculative-config`` where sparse rows only draft, unless the user wrote it.
+
+    Args:
+        model: the leading word, if it was one.
+        backend: the upper-case name.
+        settings: valid ones of it, or None.
+        rest: flags for vLLM.
+
+    Raises:
+        UserError: nobody knows the model's name yet.
+    """
+    given = {word.split("=")[0].replace("_", "-") for word in rest}
+    if settings is None or {"--speculative-config", "-sc"} & given:
+        return []
+    arguments = speculation(backend, settings, model or "")
+    if arguments is None:
+        return []
+    if model is None:
+        raise UserError(
+            "--lossless-tokens names the model to vLLM once more: give it as the first word, "
+            "vllm-ext serve MODEL ..."
+        )
+    return ["--speculative-config", json.dumps(arguments)]
+
+
 def vllm_arguments(
     model: str | None, own: argparse.Namespace, rest: list[str], policy: PolicyFile | None = None
 ) -> list[str]:
@@ -163,6 +192,7 @@ def vllm_arguments(
         raise (error if policy is None else policy.located(error)) from None
     if merged:
         argv += ["--additional-config", json.dumps(merged)]
+        argv += speculative_flag(model, backend, merged.get("vllm_ext"), rest)
     argv += default_dtype(rest)
     argv += default_chunk(rest, backend)
     pool_bytes = default_kv_pool_bytes(rest)

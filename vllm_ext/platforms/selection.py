@@ -18,6 +18,7 @@ from attn_backends.adapter.config import (
 from attn_backends.adapter.ops import unserved_reasons
 from attn_backends.adapter.requests import KEYS, parse_options
 from attn_backends.config import ConfigError
+from attn_backends.drafting import check_drafting
 from attn_backends.method import SparseMethod
 from attn_backends.methods import load_method
 from attn_backends.plan import CHOOSING_ROLES
@@ -85,6 +86,8 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
         _check_entries(method, vllm_config, device_type)
         if schedule.routed_groups:
             _choose_scheduler(method, vllm_config)
+        if config.draft_tokens:
+            _check_drafts(method, vllm_config, config.draft_tokens)
     _choose_worker(vllm_config, device_type, is_served=not reasons)
     _active.update(method=method, config=config, is_served=not reasons, schedule=schedule)
     _active["has_prefix_cache"] = bool(cache.enable_prefix_caching)
@@ -92,7 +95,9 @@ def prepare_config(vllm_config: VllmConfig, device_type: str) -> None:
 
 def _all_reasons(vllm_config: VllmConfig, device_type: str) -> list[str]:
     """What no method can serve: asked at start and, where layers are made, in every process."""
-    reasons = unsupported_reasons(vllm_config, device_type)
+    method = chosen_method(vllm_config)
+    draft_tokens = method_config(vllm_config, method).draft_tokens if method else 0
+    reasons = unsupported_reasons(vllm_config, device_type, draft_tokens)
     if not reasons:
         reasons += unserved_reasons(vllm_config, device_type)
     if os.environ.get(RUST_FRONTEND_ENV, "0") not in ("", "0"):
@@ -166,6 +171,26 @@ def _check_entries(method: SparseMethod, vllm_config: VllmConfig, device_type: s
             f"{method.name} keeps different KV blocks in different heads of a layer, which is not "
             f"supported with --tensor-parallel-size {num_ranks}; use 1, or a profile by layers"
         )
+
+
+def _check_drafts(method: SparseMethod, vllm_config: VllmConfig, num_tokens: int) -> None:
+    """Refuses what no dense pass could verify, and says what drafts are good for.
+
+    Raises:
+        ConfigError: names the layers.
+    """
+    entries, schedule, _ = planned_entries(method, vllm_config)
+    try:
+        check_drafting(schedule, entries)
+    except ValueError as error:
+        raise ConfigError(f"{method.name}: {error}") from None
+    logger.info(
+        "%s drafts %d tokens a step, one dense pass verifies them: answers are stock vLLM's. That "
+        "is slower than stock vLLM with short contexts and with few of them at once "
+        "(docs/tuning.md, Lossless)",
+        method.name,
+        num_tokens,
+    )
 
 
 def _refuse_unserved(extra_args: Mapping[str, Any] | None) -> None:

@@ -6,8 +6,8 @@ query, out: ``[num_reqs, num_query_heads, head_size]``, contiguous per row.
 key_cache, value_cache: ``[num_blocks, num_kv_heads, block_size, head_size]`` strided views.
 batch: ``PagedBatch`` with one query token per row; ``seq_lens`` includes it.
 selection: ``BlockSelection``; each KV head of each row reads its own blocks, or with
-``selection.heads`` those of the head named there. Tokens at or past ``seq_lens`` in the last
-block are masked.
+``selection.heads`` those of the head named there. Tokens at or past ``seq_lens`` are masked, in the
+last block and in blocks that begin there: a selection may name those that later queries will read.
 rule: ``SpanRule`` or None; trims tokens inside the selected blocks.
 scale: factor on the logits.
 
