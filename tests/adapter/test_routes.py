@@ -209,6 +209,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def _step(engine: Any, queries: list[range]) -> None:
     none = torch.zeros(0, dtype=torch.int32)
+    BOOK.num_rows = len(queries)  # sampling ends a step
     engine.planner.plan(object(), none, none, len(queries), prefill_queries=queries)
     engine.planner.forget_step()
 
