@@ -150,6 +150,8 @@ class _Model:
 def test_gap_mass_is_what_the_span_would_hide(first: int, count: int, sinks: int) -> None:
     model, span = _Model(300), Span(sinks, 40)
     query, keys = model.queries[0, first : first + count], model.views[0][0]
+    for unwritten in range(first + count, MAX_LEN):
+        keys[model.table[0, unwritten // BLOCK], :, unwritten % BLOCK] = torch.nan
     with patch.object(evidence, "PIECE_TOKENS", 64):
         got = gap_mass(query, keys, model.table[0], first, SCALE, span)
     whole = keys[model.table[0].long()].transpose(1, 2).flatten(0, 1)[: first + count]
