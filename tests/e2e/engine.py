@@ -222,7 +222,9 @@ def _drafts(llm: Any) -> dict[str, Any]:
     prefix = "vllm:spec_decode_num_"
     metrics = [metric for metric in llm.get_metrics() if metric.name.startswith(prefix)]
     return {
-        metric.name.removeprefix(prefix): getattr(metric, "value", None) or metric.values
+        metric.name.removeprefix(prefix): (
+            metric.value if hasattr(metric, "value") else metric.values
+        )
         for metric in metrics
     }
 

@@ -137,14 +137,14 @@ def test_scheduling_does_not_change_answers(
 
 @pytest.mark.slow
 def test_preemption_does_not_change_answers(model_path: str, prompts: list[list[int]]) -> None:
-    """Four prompts of 25 full blocks in a pool of 103, and all preempted once more."""
+    """Four prompts of 25 full blocks in a pool of 103; what runs in a step is preempted."""
     parts = [prompts[-1][start : start + 800] for start in (0, 700, 1400, 2100)]
     small = {"num_gpu_blocks_override": 104}
     (stock,) = run_engine(_engine(model_path, 0, **small), [_job(parts)], STOCK)["jobs"]
     answer = run_engine(_engine(model_path, 3, **small), [_job(parts), _job(parts, preempt_at=[4])])
     for got in answer["jobs"]:
         _assert_same(got, stock)
-    assert answer["preemptions"] >= 5
+    assert answer["preemptions"] >= 3
     assert answer["lost_blocks"] == 0
 
 
