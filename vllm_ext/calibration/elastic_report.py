@@ -81,8 +81,8 @@ def markdown(profile: Profile, shown: dict[str, Any], image: Path | None) -> str
     lines += [
         f"| all | | | | | {num_heads} | {mean} |",
         "",
-        f"Plans, on prompts of {found['validated_tokens']} tokens that chose nothing; the one of the "
-        f"least divergence ({found['aim']}) is in the profile:",
+        f"Plans, on prompts of {found['validated_tokens']} tokens that chose nothing; the one of "
+        f"the least divergence ({found['aim']}) is in the profile:",
         "",
         "| least influence at | KL text | KL retrieval | top-1 retrieval |",
         "|---|---|---|---|",
