@@ -7,7 +7,7 @@ verified: the dense pass of the next step writes each layer's keys there before 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from attn_backends.config import ConfigError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.sample.metadata import SamplingMetadata
+
+LEAST_TEMPERATURE = 1e-5  # vLLM's: below it a request is greedy
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,14 @@ class SelfProposer(DraftModelProposer):
             others: for drafters that have keys of their own.
 
         Returns:
-            Token ids of every row of the batch; none of those that still read their prompt, and
-            none at all where drafting would leave nothing out in any row.
+            Token ids of every row of the batch; none of those that still read their prompt or are
+            sampled (``_is_greedy``), and none at all where drafting would leave nothing out.
         """
-        self._last_draft_probs = None
         num_reqs = common_attn_metadata.num_reqs
         drafts: list[list[int]] = [[] for _ in range(num_reqs)]
         reads_prompt = self._runner.discard_request_mask.np[:num_reqs]
-        places = [row for row in range(num_reqs) if not reads_prompt[row]]
+        is_greedy = _is_greedy(sampling_metadata, num_reqs)
+        places = [row for row in range(num_reqs) if is_greedy[row] and not reads_prompt[row]]
         if not places:
             return drafts
         lengths = common_attn_metadata.seq_lens[:num_reqs]
@@ -138,37 +140,24 @@ class SelfProposer(DraftModelProposer):
             lengths = lengths - num_rejected_tokens_gpu
         table = common_attn_metadata.block_table_tensor
         rows = _DraftRows(places, lengths[places], table[places])
-        first = next_token_ids[places]
-        if sampling_metadata.temperature is not None:
-            own = sampling_metadata.temperature[places]
-            sampling_metadata = replace(sampling_metadata, temperature=own)
-        tokens, probs = self._draft(rows, first, num_speculative_tokens, sampling_metadata)
+        tokens = self._draft(rows, next_token_ids[places], num_speculative_tokens)
         if tokens is None:
             return drafts
         for place, drafted in zip(places, tokens.tolist(), strict=True):
             drafts[place] = drafted
-        if probs is not None:
-            self._last_draft_probs = probs.new_zeros((num_reqs, *probs.shape[1:]))
-            self._last_draft_probs[places] = probs
         return drafts
 
     def _draft(
-        self,
-        rows: _DraftRows,
-        token_ids: torch.Tensor,
-        num_drafts: int,
-        sampling_metadata: SamplingMetadata,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Tokens ``[num_rows, num_drafts]``, or None where no row would leave anything out; and
-        what each was sampled from, ``[num_rows, num_drafts, vocab_size]``, unless all are greedy.
-        """
-        tokens, probs = [], []
+        self, rows: _DraftRows, token_ids: torch.Tensor, num_drafts: int
+    ) -> torch.Tensor | None:
+        """Tokens ``[num_rows, num_drafts]``; None where no row would leave anything out."""
+        tokens = []
         for index in range(num_drafts):
             positions = rows.lengths.long() + index
             slots = rows.slots(positions, self._builder.kv_cache_spec.block_size)
             metadata = self._builder.build_for_drafting(rows.common(index, slots), index)
             if not metadata.plan.narrowed_rows:
-                return None, None
+                return None
             with set_forward_context(
                 dict.fromkeys(self._layer_names, metadata),
                 self.vllm_config,
@@ -176,11 +165,20 @@ class SelfProposer(DraftModelProposer):
                 slot_mapping=dict.fromkeys(self._layer_names, slots),
             ):
                 hidden = self.model(input_ids=token_ids.int(), positions=positions)
-            token_ids, own_probs = self._sample_draft_tokens(hidden, sampling_metadata)
+            token_ids = self._greedy_sample(hidden)
             tokens.append(token_ids)
-            if own_probs is not None:
-                probs.append(own_probs)
-        return torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None
+        return torch.stack(tokens, 1)
+
+
+def _is_greedy(sampling_metadata: SamplingMetadata, num_reqs: int) -> list[bool]:
+    """Rows whose next token is the likeliest. The others draft nothing, and are sampled as without
+    drafts: on CPUs, answers that vLLM's rejection sampler draws do not have the distribution of
+    the model (docs/known-issues.md).
+    """
+    if sampling_metadata.temperature is None:
+        return [True] * num_reqs
+    is_greedy: list[bool] = (sampling_metadata.temperature[:num_reqs] < LEAST_TEMPERATURE).tolist()
+    return is_greedy
 
 
 def require_own_drafter(runner: Any) -> None:

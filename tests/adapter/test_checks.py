@@ -147,7 +147,7 @@ def test_drafts_need_vllm_s_speculative_decoding() -> None:
         ({"method": "ngram"}, {}, "speculative_config.method 'ngram' beside lossless_tokens 3"),
         ({"model": "models/two"}, {}, "speculative_config.model 'models/two'"),
         ({"num_speculative_tokens": 5}, {}, "num_speculative_tokens 5 beside lossless_tokens 3"),
-        ({"draft_sample_method": "greedy"}, {}, "(it must be 'probabilistic')"),
+        ({"draft_sample_method": "probabilistic"}, {}, "(it must be 'greedy')"),
         ({"rejection_sample_method": "synthetic"}, {}, "(it must be 'standard')"),
         ({"parallel_drafting": True}, {}, "parallel_drafting True"),
         ({"disable_padded_drafter_batch": True}, {}, "disable_padded_drafter_batch True"),
