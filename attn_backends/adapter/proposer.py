@@ -171,9 +171,9 @@ class SelfProposer(DraftModelProposer):
 
 
 def _is_greedy(sampling_metadata: SamplingMetadata, num_reqs: int) -> list[bool]:
-    """Rows whose next token is the likeliest. The others draft nothing, and are sampled as without
-    drafts: on CPUs, answers that vLLM's rejection sampler draws do not have the distribution of
-    the model (docs/known-issues.md).
+    """Rows whose next token is the likeliest. Front ends refuse the others, since on CPUs answers
+    that vLLM's rejection sampler draws do not have the distribution of the model
+    (docs/known-issues.md); what comes all the same drafts nothing.
     """
     if sampling_metadata.temperature is None:
         return [True] * num_reqs

@@ -263,3 +263,21 @@ def test_layers_that_read_prompts_whole_are_refused_with_tensor_parallelism(
     engine.parallel_config.tensor_parallel_size = 2
     with pytest.raises(ConfigError, match="FLUX has not been tested with --tensor-parallel-size 2"):
         selection._check_entries(load_method("FLUX"), engine, "cpu")
+
+
+def test_sampled_requests_are_refused_where_sparse_rows_draft(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from types import SimpleNamespace
+
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_ext.platforms import selection
+
+    served = {"is_served": True, "config": SimpleNamespace(draft_tokens=4)}
+    monkeypatch.setattr(selection, "_active", served)
+    selection.check_sampling(SimpleNamespace(temperature=0.0))
+    with pytest.raises(VLLMValidationError, match="temperature is 0.7, .* ask for temperature 0"):
+        selection.check_sampling(SimpleNamespace(temperature=0.7))
+    served["config"] = SimpleNamespace(draft_tokens=0)
+    selection.check_sampling(SimpleNamespace(temperature=0.7))

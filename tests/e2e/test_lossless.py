@@ -237,30 +237,3 @@ def _texts(model_path: str, tokens: list[int]) -> list[tuple[int, str]]:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
     return [(token, tokenizer.decode([token])) for token in tokens]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("params", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 20}])
-def test_sampled_answers_have_stock_s_distribution(
-    model_path: str, prompts: list[list[int]], params: dict[str, Any]
-) -> None:
-    """They draft nothing; the third token stands for all."""
-    stats = pytest.importorskip("scipy.stats")
-    sampled = {"temperature": 1.0, "n": 1, "logprobs": None} | params
-    num_answers = 600
-    job = _job([prompts[9][:192]] * num_answers, max_tokens=4, params=sampled)
-    small = {"max_model_len": 256, "max_num_seqs": 64}
-    counts = []
-    for tokens, env in ((0, STOCK), (3, None)):
-        (answers,) = run_engine(_engine(model_path, tokens, **small), [job], env)["jobs"]
-        third = [answer["tokens"][2] for answer in answers]
-        counts.append({token: third.count(token) for token in set(third)})
-    stock, ours = counts
-    common = [token for token, count in stock.items() if count + ours.get(token, 0) >= 12]
-    table = [[one.get(token, 0) for token in common] for one in counts]
-    for row in table:
-        row.append(num_answers - sum(row))  # all rare ones
-    if sum(row[-1] for row in table) == 0:
-        table = [row[:-1] for row in table]
-    assert len(table[0]) >= 3
-    assert stats.chi2_contingency(table).pvalue > 1e-3

@@ -57,13 +57,14 @@ class ExtPlatformMixin:
         """The builtin's check, then our per-request options.
 
         Raises:
-            VLLMValidationError: ``vllm_xargs`` that cannot be honoured; a 400.
+            VLLMValidationError: what cannot be honoured; a 400.
         """
         builtin: Any = super()
         builtin.validate_request(processed_inputs, params)
-        from vllm_ext.platforms.selection import check_request
+        from vllm_ext.platforms.selection import check_request, check_sampling
 
         check_request(getattr(params, "extra_args", None))
+        check_sampling(params)
 
     @classmethod
     def register_custom_kv_cache_specs(cls, vllm_config: VllmConfig) -> None:
