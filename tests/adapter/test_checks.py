@@ -277,7 +277,7 @@ def test_sampled_requests_are_refused_where_sparse_rows_draft(
     served = {"is_served": True, "config": SimpleNamespace(draft_tokens=4)}
     monkeypatch.setattr(selection, "_active", served)
     selection.check_sampling(SimpleNamespace(temperature=0.0))
-    with pytest.raises(VLLMValidationError, match="temperature is 0.7, .* ask for temperature 0"):
+    with pytest.raises(VLLMValidationError, match=r"temperature is 0\.7, .* ask for temperature 0"):
         selection.check_sampling(SimpleNamespace(temperature=0.7))
     served["config"] = SimpleNamespace(draft_tokens=0)
     selection.check_sampling(SimpleNamespace(temperature=0.7))
