@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ext.bench.machine import versions
+from vllm_ext.plotting import pyplot_if_installed
 
 HEADINGS = (
     "requests x context", "arm", "TPOT ms (median)", "TPOT / first arm (median)", "spread",
@@ -77,12 +78,9 @@ def plot(result: dict[str, Any], path: Path) -> bool:
     cells = result["cells"]
     if len({cell["context_tokens"] for cell in cells}) < 2:
         return False
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = pyplot_if_installed()
+    if pyplot is None:
         return False
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=120)
     first, *others = cells[0]["arms"]

@@ -9,6 +9,7 @@ from attn_backends.methods.moa import METHOD as MOA
 from attn_backends.profile import Profile
 from kvcache.spans import Span
 from vllm_ext.calibration.assignment import density_of
+from vllm_ext.plotting import pyplot_if_installed
 
 
 def span_map(profile: Profile, shown: dict[str, Any], path: Path) -> bool:
@@ -22,12 +23,9 @@ def span_map(profile: Profile, shown: dict[str, Any], path: Path) -> bool:
     Returns:
         False when matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = pyplot_if_installed()
+    if pyplot is None:
         return False
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
     num_tokens = profile.calibration[MOA.name]["context_tokens"]
     kept = [density_of(span, num_tokens) for span in shown["spans"]]

@@ -13,6 +13,7 @@ from vllm_ext.calibration.flux_section import Decision, served_static
 from vllm_ext.calibration.routed_prompts import KINDS
 from vllm_ext.calibration.routing_fit import interval, oracle_depths
 from vllm_ext.calibration.routing_outcomes import Outcome, by_kind, interval_text, mean_known
+from vllm_ext.plotting import pyplot_if_installed
 
 HEADER = (
     "| in answers | full layers (retrieval / text / instruction) | KL [95%] | KL by kind "
@@ -32,12 +33,9 @@ def route_plot(title: str, settings: FluxSettings, found: Found, path: Path) -> 
     Returns:
         False when matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = pyplot_if_installed()
+    if pyplot is None:
         return False
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
     figure, (routes, curve) = pyplot.subplots(1, 2, figsize=(11, 4), dpi=120, layout="constrained")
     _draw_routes(routes, title, found)

@@ -13,6 +13,7 @@ from attn_backends.methods.tidal_decode import METHOD as TIDAL_DECODE
 from attn_backends.methods.tidal_decode import AnchorSection
 from attn_backends.profile import Profile
 from vllm_ext.calibration.search import Verdict
+from vllm_ext.plotting import pyplot_if_installed
 
 
 def verdict_line(name: str, verdict: Verdict) -> str:
@@ -34,12 +35,9 @@ def heat_map(profile: Profile, costs: torch.Tensor, path: Path) -> bool:
     Returns:
         False when matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = pyplot_if_installed()
+    if pyplot is None:
         return False
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 6), dpi=120)
     shown = costs.where(costs.isfinite(), torch.tensor(torch.nan)).clamp_min(1e-6)

@@ -43,6 +43,25 @@ class Bars:
         self._bar, self._title = None, ""
 
 
+def parser_of(method: str, description: str) -> argparse.ArgumentParser:
+    """The flags of ``vllm-ext profile --method``, whose profile may lie where others' is.
+
+    Args:
+        method: upper-case name.
+        description: for people.
+    """
+    prog = f"vllm-ext profile --method {method.lower()}"
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("model", type=Path, help="model folder (Llama, Qwen or Mistral style)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help=f"the profile to write, JSON; one that is there gains what {method} needs",
+    )
+    return parser
+
+
 def add_settings(
     parser: argparse.ArgumentParser, settings_cls: type, helps: Mapping[str, str]
 ) -> None:

@@ -7,7 +7,6 @@ import re
 import time
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -23,6 +22,7 @@ from vllm_ext.cli.calibrating import (
     add_settings,
     earlier_profile,
     joined,
+    parser_of,
     require_files,
     require_least,
     stay_offline,
@@ -36,19 +36,12 @@ LEAST_GAP_TOKENS = 256
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vllm-ext profile --method flux",
-        description="Find out which layers of a checkpoint must read everything: always, never, or "
+    parser = parser_of(
+        FLUX.name,
+        "Find out which layers of a checkpoint must read everything: always, never, or "
         "by what a request's prompt shows. The profile routes requests only if that is better on "
         "prompts that chose nothing. What was measured is kept beside it: another --share or "
         "--router takes seconds.",
-    )
-    parser.add_argument("model", type=Path, help="model folder (Llama, Qwen or Mistral style)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        help="the profile to write, JSON; one that is there gains what FLUX needs",
     )
     parser.add_argument(
         "--share",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import fields
-from pathlib import Path
 
 from attn_backends.methods.moa import METHOD as MOA
 from attn_backends.profile import fingerprint
@@ -17,6 +16,7 @@ from vllm_ext.cli.calibrating import (
     add_settings,
     earlier_profile,
     joined,
+    parser_of,
     require_files,
     require_least,
     stay_offline,
@@ -28,16 +28,9 @@ LEAST_CONTEXT_TOKENS = 1024
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vllm-ext profile --method moa",
-        description="Find out what each KV head of a checkpoint needs to see.",
-    )
-    parser.add_argument("model", type=Path, help="model folder (Llama, Qwen or Mistral style)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        help="the profile to write, JSON; one that is there gains what MOA needs",
+    parser = parser_of(
+        MOA.name,
+        "Find out what each KV head of a checkpoint needs to see.",
     )
     parser.add_argument(
         "--density",

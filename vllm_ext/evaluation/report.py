@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from vllm_ext.evaluation.run import DENSE
+from vllm_ext.plotting import pyplot_if_installed
 
 
 def summary(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -89,11 +90,8 @@ def plots(evaluation: dict[str, Any], prefix: Path) -> list[Path]:
     Returns:
         The PNGs written; none when matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    if pyplot_if_installed() is None:
         return []
-    matplotlib.use("agg")
     written = []
     if evaluation["needles"] or any(evaluation["texts"].values()):
         written.append(prefix.with_name(prefix.name + "-budget.png"))
