@@ -138,7 +138,7 @@ class RowReason(Enum):
 
     @property
     def is_narrowed(self) -> bool:
-        """Whether anchors' choices leave something out: recall is watched, rows are audited."""
+        """Whether something is left out: recall is watched, rows are audited, and drafts pay."""
         return self in (RowReason.SELECTED, RowReason.GUARD_RAISED)
 
 
@@ -274,7 +274,7 @@ class StepPlan:
 
     @property
     def narrowed_rows(self) -> list[int]:
-        """Decode rows of which anchors' choices leave something out."""
+        """Decode rows of which something is left out."""
         return [row for row, reason in enumerate(self.reasons) if reason.is_narrowed]
 
 

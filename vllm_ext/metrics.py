@@ -19,7 +19,10 @@ from prometheus_client.registry import Collector
 from kvcache.adapter.figures import FOLDER_ENV, metrics_folder
 
 RATIO = "vllm_ext:activation_ratio"
-RATIO_HELP = "Share of decode rows served by the sparse path since the start, over all engines."
+RATIO_HELP = (
+    "Share of decode rows served by the sparse path since the start, over all engines; of a "
+    "lossless server, of the rows that drafted."
+)
 ROWS = "vllm_ext:decode_rows"
 DRAFT_ROWS = "vllm_ext:draft_rows"  # of a server whose sparse rows draft: it has no others
 

@@ -162,6 +162,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         if self._verifies:
             decoding = ~is_prefilling(common)
             self._planner.count_verified(int(decoding.sum()))
+            # A new plan is a new step (split layers ask by it).
             return self._metadata(common, replace(self._dense_plan), 0)
         kinds = kinds_by_order if self.device.type == "cpu" else kinds_by_tokens
         rows = kinds(common)
@@ -183,6 +184,10 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
             draft_index=draft_index,
         )
         return self._metadata(common, plan, common.num_reqs)
+
+    def count_sampled(self, num_rows: int) -> None:
+        """Rows that draft nothing, since they are sampled."""
+        self._planner.count_undrafted("sampled", num_rows)
 
     def _metadata(
         self, common: CommonAttentionMetadata, plan: StepPlan, num_decodes: int

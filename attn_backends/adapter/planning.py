@@ -140,6 +140,16 @@ class StepPlanner:
         if self._counters is not None:
             self._counters.add_verified(min(num_rows, BOOK.num_rows))
 
+    def count_undrafted(self, reason: str, num_rows: int) -> None:
+        """Rows that might have drafted.
+
+        Args:
+            reason: why they did not.
+            num_rows: of this step.
+        """
+        if self._counters is not None:
+            self._counters.add_drafted({("none", reason): num_rows})
+
     def _count_drafts(self) -> None:
         """Once for all drafts of a step."""
         if self._counters is None:
@@ -247,6 +257,8 @@ _PLANNERS: WeakKeyDictionary[torch.nn.Module, dict[Shape, StepPlanner]] = WeakKe
 
 def take_routes(vllm_config: VllmConfig) -> dict[str, int]:
     """Routes that an engine decided since this was last asked, by request id."""
+    if not BOOK.follows_prompts:  # nothing is routed; asked in every step
+        return {}
     owner = next(iter(attention_layers(vllm_config).values()), None)
     planners = {} if owner is None else _PLANNERS.get(owner, {})
     return {name: route for one in planners.values() for name, route in one.take_routes().items()}

@@ -131,8 +131,10 @@ class SelfProposer(DraftModelProposer):
         num_reqs = common_attn_metadata.num_reqs
         drafts: list[list[int]] = [[] for _ in range(num_reqs)]
         reads_prompt = self._runner.discard_request_mask.np[:num_reqs]
+        answering = [row for row in range(num_reqs) if not reads_prompt[row]]
         is_greedy = _is_greedy(sampling_metadata, num_reqs)
-        places = [row for row in range(num_reqs) if is_greedy[row] and not reads_prompt[row]]
+        places = [row for row in answering if is_greedy[row]]
+        self._builder.count_sampled(len(answering) - len(places))
         if not places:
             return drafts
         lengths = common_attn_metadata.seq_lens[:num_reqs]
@@ -173,7 +175,7 @@ class SelfProposer(DraftModelProposer):
 def _is_greedy(sampling_metadata: SamplingMetadata, num_reqs: int) -> list[bool]:
     """Rows whose next token is the likeliest. Front ends refuse the others, since on CPUs answers
     that vLLM's rejection sampler draws do not have the distribution of the model
-    (docs/known-issues.md); what comes all the same drafts nothing.
+    (docs/known-issues.md); what comes all the same drafts nothing, and is counted.
     """
     if sampling_metadata.temperature is None:
         return [True] * num_reqs

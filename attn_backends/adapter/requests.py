@@ -207,6 +207,11 @@ class RequestBook:
         if self._dense_until is None:
             self._dense_until = {}
 
+    @property
+    def follows_prompts(self) -> bool:
+        """Whether somebody asks where prompts end."""
+        return self._dense_until is not None
+
     def dense_until(self, ids: Sequence[str | None], num_rows: int) -> list[int | None]:
         """See ``StepRows.dense_until``. It is what a request began with: of a streaming-input
         session's later chunks nothing is dense, since what they would read may be freed.

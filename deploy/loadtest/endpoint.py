@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_ext.errors import UserError
-from vllm_ext.metrics import ROWS
+from vllm_ext.metrics import DRAFT_ROWS, ROWS
 
 KV_USE = "vllm:kv_cache_usage_perc"
 PREFIX_HITS = "vllm:prefix_cache_hits_total"
@@ -95,7 +95,7 @@ class Figures:
     Attributes:
         totals: counters by name, summed.
         kv_use: share of the KV pool in use, the highest engine's; None when not exported.
-        rows: decode rows by "path reason", since the start.
+        rows: decode rows, or where sparse rows only draft those, by "path reason", since the start.
     """
 
     totals: dict[str, float] = field(default_factory=dict)
@@ -122,7 +122,10 @@ def read_figures(text: str) -> Figures:
             name = canonical_name(sample.name)
             if name == KV_USE:
                 figures.kv_use = max(figures.kv_use or 0.0, sample.value)
-            elif name == ROWS + "_total":
+            elif name in (
+                ROWS + "_total",
+                DRAFT_ROWS + "_total",
+            ):  # a server has the one or the other
                 key = f"{sample.labels['path']} {sample.labels['reason']}"
                 figures.rows[key] = figures.rows.get(key, 0.0) + sample.value
             elif name in (PREFIX_HITS, PREFIX_QUERIES, PREEMPTIONS):

@@ -83,7 +83,7 @@ def server_table(result: dict[str, Any]) -> Table:
         dense = [
             f"{key.removeprefix('dense ')}: {value:.0f}"
             for key, value in server["decode_rows"].items()
-            if key.startswith("dense ")
+            if not key.startswith("sparse ")
         ]
         row = [cell_name(record["cell"]), record["arm"], _figure(server["peak_kv_use"], ".1%")]
         row += [_figure(server["prefix_hit_share"], ".0%"), _figure(server["preemptions"])]

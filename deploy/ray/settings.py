@@ -10,11 +10,12 @@ the same as ``--attention-backend`` and ``--additional-config`` of a plain serve
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_ext.errors import UserError
-from vllm_ext.methods import REGISTRY, check_settings
+from vllm_ext.methods import REGISTRY, check_settings, speculation
 
 
 def check_engine_kwargs(model_id: str, engine_kwargs: Mapping[str, Any]) -> None:
@@ -25,7 +26,8 @@ def check_engine_kwargs(model_id: str, engine_kwargs: Mapping[str, Any]) -> None
         engine_kwargs: of one entry of ``llm_configs``.
 
     Raises:
-        UserError: no method of ours is named, or its settings are no object.
+        UserError: no method of ours is named, its settings are no object, or vLLM is not told of
+            drafts.
         ConfigError: a setting that cannot be honoured.
     """
     name = engine_kwargs.get("attention_backend")
@@ -41,4 +43,12 @@ def check_engine_kwargs(model_id: str, engine_kwargs: Mapping[str, Any]) -> None
             f"llm_configs entry {model_id!r}: engine_kwargs.additional_config must be an object, "
             f"got {additional!r}"
         )
-    check_settings(name.upper(), additional.get("vllm_ext") or {})
+    settings = additional.get("vllm_ext") or {}
+    check_settings(name.upper(), settings)
+    drafting = speculation(name.upper(), settings, "MODEL")
+    if drafting is not None and not engine_kwargs.get("speculative_config"):
+        raise UserError(
+            f"llm_configs entry {model_id!r}: lossless_tokens needs "
+            f"engine_kwargs.speculative_config {json.dumps(drafting)}, MODEL being the entry's own "
+            "model_source"
+        )

@@ -268,16 +268,26 @@ def test_layers_that_read_prompts_whole_are_refused_with_tensor_parallelism(
 def test_sampled_requests_are_refused_where_sparse_rows_draft(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from types import SimpleNamespace
-
     from vllm.exceptions import VLLMValidationError
 
     from vllm_ext.platforms import selection
+    from vllm_ext.platforms.mixin import ExtPlatformMixin
+
+    class Builtin:
+        @classmethod
+        def validate_request(cls, processed_inputs: Any, params: Any) -> None:
+            """As vLLM's: nothing to refuse."""
+
+    class Platform(ExtPlatformMixin, Builtin):
+        """As vLLM asks it."""
+
+    def ask(temperature: float) -> None:
+        Platform.validate_request(None, SimpleNamespace(temperature=temperature, extra_args=None))
 
     served = {"is_served": True, "config": SimpleNamespace(draft_tokens=4)}
     monkeypatch.setattr(selection, "_active", served)
-    selection.check_sampling(SimpleNamespace(temperature=0.0))
+    ask(0.0)
     with pytest.raises(VLLMValidationError, match=r"temperature is 0\.7, .* ask for temperature 0"):
-        selection.check_sampling(SimpleNamespace(temperature=0.7))
+        ask(0.7)
     served["config"] = SimpleNamespace(draft_tokens=0)
-    selection.check_sampling(SimpleNamespace(temperature=0.7))
+    ask(0.7)

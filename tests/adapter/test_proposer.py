@@ -34,12 +34,15 @@ class _Drafter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, narrowed: list[int]) -> None:
         self.asked: list[Any] = []
+        self.sampled: list[int] = []
         self.slots: list[list[int]] = []
         self.own: Any = SelfProposer.__new__(SelfProposer)
         reads_prompt = numpy.array([False, True, False])
         self.own._runner = SimpleNamespace(discard_request_mask=SimpleNamespace(np=reads_prompt))
         self.own._builder = SimpleNamespace(
-            kv_cache_spec=SimpleNamespace(block_size=BLOCK), build_for_drafting=self._build
+            kv_cache_spec=SimpleNamespace(block_size=BLOCK),
+            build_for_drafting=self._build,
+            count_sampled=self.sampled.append,
         )
         self.own._layer_names, self.own.vllm_config = ["layer"], None
         self.own.__dict__["model"] = lambda input_ids, positions: input_ids
@@ -95,6 +98,7 @@ def test_rows_that_are_sampled_do_not_draft(monkeypatch: pytest.MonkeyPatch) -> 
     drafter.asked.clear()
     assert drafter.propose([0.7, 0.0, 1.0]) == [[], [], []]
     assert drafter.asked == []
+    assert drafter.sampled == [1, 2]
 
 
 def test_a_batch_that_would_leave_nothing_out_does_not_draft(

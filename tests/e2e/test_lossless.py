@@ -203,7 +203,7 @@ def test_what_requests_ask_of_the_sampler(
 ) -> None:
     """Stops inside a draft, log-probabilities, penalties, minima, bad words, JSON, dense rows."""
     chosen = [prompts[i] for i in (9, 11, 12)]
-    words = [run for _, run in _texts(model_path, stock[12]["tokens"])]
+    words = _texts(model_path, stock[12]["tokens"])
     schema = {
         "type": "object",
         "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
@@ -228,12 +228,13 @@ def test_what_requests_ask_of_the_sampler(
     for params, got, want in zip([*asked, {}], answer["jobs"], expected, strict=True):
         _assert_same(got, want)
         assert [one["text"] for one in got] == [one["text"] for one in want], params
-    assert min(len(one["tokens"]) for one in expected[0]) < NEW_TOKENS, "nothing was stopped"
+    for stopped in expected[:3]:
+        assert min(len(one["tokens"]) for one in stopped) < NEW_TOKENS, "nothing was stopped"
     assert answer["figures"]["vllm_ext:draft_rows|request_off"] > 0
 
 
-def _texts(model_path: str, tokens: list[int]) -> list[tuple[int, str]]:
+def _texts(model_path: str, tokens: list[int]) -> list[str]:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-    return [(token, tokenizer.decode([token])) for token in tokens]
+    return [tokenizer.decode([token]) for token in tokens]

@@ -77,6 +77,11 @@ def test_columns_share_engines_where_requests_may_choose() -> None:
     assert (alone[0].method, alone[1].settings["window_tokens"]) == ("SPARSE_FULL", 448)
 
 
+def test_answers_that_are_stock_s_are_not_compared() -> None:
+    with pytest.raises(UserError, match="--lossless-tokens is 4: .* nothing to compare"):
+        make_columns(["TIDAL_DECODE"], [256], {"lossless_tokens": 4})
+
+
 def test_a_budget_that_requests_cannot_choose_is_an_engine_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -152,6 +152,8 @@ def test_figures_are_the_cells_own_and_their_names_those_of_ray_too() -> None:
     assert after.kv_use == 0.5
     ray = METRICS.replace("vllm_ext:", "ray_vllm_ext_").replace("vllm:", "ray_vllm_")
     assert endpoint.read_figures(ray) == after
+    drafting = endpoint.read_figures(METRICS.replace("decode_rows", "draft_rows"))
+    assert drafting.rows == after.rows, "a lossless server has drafts instead"
 
 
 def test_rays_late_figures_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

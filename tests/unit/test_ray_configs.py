@@ -105,6 +105,13 @@ def test_the_local_config_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             },
             ["budget_tokns", "budget_tokens"],
         ),
+        (
+            {
+                "attention_backend": "TIDAL_DECODE",
+                "additional_config": {"vllm_ext": {"lossless_tokens": 3}},
+            },
+            ["engine_kwargs.speculative_config", '"num_speculative_tokens": 3', "model_source"],
+        ),
     ],
 )
 def test_settings_that_would_not_be_honoured_are_refused(

@@ -54,6 +54,11 @@ def test_behind_a_prompt_nothing_is_freed_that_is_seen_and_before_its_end_nothin
     assert len(gap) == 0 or computed >= prompt
     for token in range(gap.first * block, gap.last * block):  # of no query from here on
         assert span.sink_tokens <= token < span.first_seen(computed + 1)
+    if computed >= prompt:  # and all of that
+        for index in range(computed // block):
+            tokens = range(index * block, (index + 1) * block)
+            is_needed = any(_sees(span, computed, token) for token in tokens)
+            assert is_needed or gap.first <= index < gap.last
 
 
 def test_policies_of_one_span_are_told_apart() -> None:

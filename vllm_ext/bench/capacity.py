@@ -20,7 +20,7 @@ from vllm_ext.bench.decode import STOCK
 from vllm_ext.bench.machine import machine
 from vllm_ext.child import Child, Parent, quiet_environment
 from vllm_ext.engine_process import kv_token_bytes
-from vllm_ext.methods import REGISTRY, own_settings
+from vllm_ext.methods import REGISTRY, own_settings, speculation
 from vllm_ext.plugin import DISABLE_ENV
 
 
@@ -123,7 +123,10 @@ def _engine(load: Load, arm: str, settings: dict[str, Any]) -> Any:
 
     longest = load.context_tokens + load.new_tokens
     kv_bytes = load.pool_requests * (longest + 128) * kv_token_bytes(load.model, load.dtype)
-    method = {"attention_backend": arm} if arm in REGISTRY else {"block_size": 32}
+    method: dict[str, Any] = {"block_size": 32}
+    if arm in REGISTRY:
+        method = {"attention_backend": arm}
+        method["speculative_config"] = speculation(arm, settings, load.model)
     return LLM(
         model=load.model,
         max_model_len=longest,

@@ -178,7 +178,7 @@ def starting_gates(costs: np.ndarray, num_layers: int) -> torch.Tensor:
     """``[num_layers, num_kv_heads]`` logits: mostly open, in the order of influence.
 
     Args:
-        costs: ``[heads]``, above 0: of the narrow span.
+        costs: ``[heads]``, not below 0: of the narrow span.
         num_layers: of the model.
     """
     ranks = np.log(np.maximum(costs, 1e-9))

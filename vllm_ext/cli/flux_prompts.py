@@ -1,4 +1,6 @@
-"""Prompts that judge what FLUX's calibration found."""
+"""Prompts that judge what FLUX's calibration found: here, since calibration and evaluation do not
+import one another.
+"""
 
 from __future__ import annotations
 

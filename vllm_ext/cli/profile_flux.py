@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         "Find out which layers of a checkpoint must read everything: always, never, or "
         "by what a request's prompt shows. The profile routes requests only if that is better on "
         "prompts that chose nothing. What was measured is kept beside it: another --share or "
-        "--router takes seconds.",
+        "--router takes half a minute.",
     )
     parser.add_argument(
         "--share",

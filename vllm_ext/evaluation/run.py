@@ -66,7 +66,12 @@ def make_columns(methods: list[str], budgets: list[int], settings: dict[str, Any
             else:
                 columns.append(Column(title, name, reaching, None))
     for column in columns:  # before the first engine starts
-        parse_config(load_method(column.method).config_cls, column.settings, column.method)
+        config = parse_config(load_method(column.method).config_cls, column.settings, column.method)
+        if config.draft_tokens:
+            raise UserError(
+                f"--lossless-tokens is {config.draft_tokens}: answers are stock vLLM's then, and "
+                "there is nothing to compare; drop it"
+            )
     elastic = next((c for c in columns if "sparse" in load_method(c.method).row_options), None)
     if elastic is None:
         return [Column(DENSE, "SPARSE_FULL", {}, None), *columns]

@@ -251,7 +251,8 @@ def check_request(extra_args: Mapping[str, Any] | None) -> None:
 
 
 def check_sampling(params: Any) -> None:
-    """Refuses sampled requests where sparse rows only draft.
+    """Refuses sampled requests where sparse rows only draft. A front end that configured no engine
+    knows of none: there the drafter counts them.
 
     Args:
         params: vLLM's ``SamplingParams``, or what pooling requests have.
