@@ -78,7 +78,7 @@ def test_columns_share_engines_where_requests_may_choose() -> None:
 
 
 def test_answers_that_are_stock_s_are_not_compared() -> None:
-    with pytest.raises(UserError, match="--lossless-tokens is 4: .* nothing to compare"):
+    with pytest.raises(UserError, match=r"--lossless-tokens is 4: .* nothing to compare"):
         make_columns(["TIDAL_DECODE"], [256], {"lossless_tokens": 4})
 
 

@@ -16,7 +16,7 @@ from kvcache.spans import Span
 from vllm_ext.calibration import gates as gating
 from vllm_ext.calibration.gates import Gates, Sample, learn, starting_gates
 from vllm_ext.calibration.plans import opened
-from vllm_ext.calibration.spanned import attend_span
+from vllm_ext.calibration.spanned import SpannedModel, attend_span
 
 SPAN = Span(2, 6, 0, 8)
 LAYER = SimpleNamespace(layer_idx=0)
@@ -52,7 +52,7 @@ def test_gates_mix_everything_and_a_span() -> None:
     torch.testing.assert_close(found[:, 2:], (whole + narrow)[:, 2:] / 2)
 
 
-class _OneLayer:
+class _OneLayer(SpannedModel):
     """A model of one layer whose next token depends on what its first KV head reads alone."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ def test_the_gate_stays_open_that_answers_need() -> None:
     model: Any = _OneLayer()
     whole = Gates(SPAN, torch.full((1, 2), 40.0))
     with model.attending(whole.attend), torch.no_grad():
-        dense = gating._logprobs(model, [0] * 65, 8)
+        dense = model.last_logprobs([0] * 65, 8)
     sample = Sample("retrieval", [0] * 65, 8, dense)
     gates = Gates(SPAN, starting_gates(np.array([1.0, 1.0]), num_layers=1))
     steps: list[int] = []

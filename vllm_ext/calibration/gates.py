@@ -128,14 +128,7 @@ def _answered(
 
 def _compared(model: SpannedModel, kind: str, ids: list[int], num_tokens: int) -> Sample:
     with torch.no_grad():
-        return Sample(kind, ids, num_tokens, _logprobs(model, ids, num_tokens))
-
-
-def _logprobs(model: SpannedModel, ids: list[int], num_tokens: int) -> torch.Tensor:
-    tokens = torch.tensor([ids[:-1]], device=model.model.device)
-    hidden = model.model.model(input_ids=tokens, use_cache=False).last_hidden_state
-    logprobs: torch.Tensor = model.model.lm_head(hidden[0, -num_tokens:]).float().log_softmax(-1)
-    return logprobs
+        return Sample(kind, ids, num_tokens, model.last_logprobs(ids, num_tokens))
 
 
 class Gates:
@@ -229,7 +222,7 @@ def learn(
 
 
 def _loss(model: SpannedModel, sample: Sample) -> torch.Tensor:
-    given = _logprobs(model, sample.ids, sample.compared_tokens)
+    given = model.last_logprobs(sample.ids, sample.compared_tokens)
     divergence = (sample.dense.exp() * (sample.dense - given)).sum(-1).mean()
     weight = TEXT_WEIGHT if sample.kind == "text" else 1.0
     return weight * divergence.clamp_max(MOST_DIVERGENCE)

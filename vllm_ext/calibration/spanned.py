@@ -90,11 +90,17 @@ class SpannedModel:
             response_tokens: at their end.
             spans: of each KV head, layer by layer.
         """
-        tokens = torch.tensor([ids[:-1]], device=self.model.device)
         self._spans = spans
         with self.attending(self._spanned):
-            hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
-        logprobs: torch.Tensor = self.model.lm_head(hidden[0, -response_tokens:]).log_softmax(-1)
+            return self.last_logprobs(ids, response_tokens)
+
+    def last_logprobs(self, ids: list[int], num_tokens: int) -> torch.Tensor:
+        """``[num_tokens, vocabulary]``, of the last tokens given those before them; with gradients
+        where they are on.
+        """
+        tokens = torch.tensor([ids[:-1]], device=self.model.device)
+        hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        logprobs: torch.Tensor = self.model.lm_head(hidden[0, -num_tokens:]).float().log_softmax(-1)
         return logprobs
 
     @staticmethod

@@ -7,13 +7,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from attn_backends.config import ConfigError
 from attn_backends.profile import Profile, load_profile
 from vllm_ext.errors import UserError
+
+Settings = TypeVar("Settings")
 
 
 class Bars:
@@ -77,6 +79,13 @@ def add_settings(
     parser.add_argument("--corpus", type=Path, help="calibration text (default: Python's library)")
     known = (field for field in fields(settings_cls) if field.default is not MISSING)
     parser.set_defaults(**{field.name: field.default for field in known})
+
+
+def settings_of(args: argparse.Namespace, settings_cls: type[Settings]) -> Settings:
+    """What ``add_settings`` was told of, and whatever else the parser knows by a field's name."""
+    known: Any = settings_cls
+    made: Settings = known(**{field.name: getattr(args, field.name) for field in fields(known)})
+    return made
 
 
 def stay_offline() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from vllm_ext.cli.calibrating import (
     joined,
     require_files,
     require_least,
+    settings_of,
     stay_offline,
     write_profile,
 )
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         "--method moa: what each KV head needs to see; --method flux: which layers must read "
         "everything (`--method moa --help`, `--method flux --help`).",
     )
-    parser.add_argument("model", help="model folder (Llama, Qwen or Mistral style)")
+    parser.add_argument("model", type=Path, help="model folder (Llama, Qwen or Mistral style)")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=Path, help="the profile to write, JSON")
     target.add_argument(
@@ -68,7 +68,7 @@ def _checked(args: argparse.Namespace) -> AnchorSettings:
     Raises:
         UserError: a flag out of its range, or a file that is not there.
     """
-    require_files(Path(args.model), args.corpus)
+    require_files(args.model, args.corpus)
     lowest_of = {"anchors": 1, "examples": 1, "verifications": 1, "seed": 0, "drop": 0}
     lowest_of |= {"budget_tokens": sum(FORCED_TOKENS), "block_size": 1}
     require_least(args, lowest_of)
@@ -79,8 +79,7 @@ def _checked(args: argparse.Namespace) -> AnchorSettings:
             f"--context-tokens is {args.context_tokens}; to tell good anchors from bad it must be "
             f"at least twice --budget-tokens ({args.budget_tokens})"
         )
-    given = {field.name: getattr(args, field.name) for field in fields(AnchorSettings)}
-    return AnchorSettings(**given | {"model": Path(args.model)})
+    return settings_of(args, AnchorSettings)
 
 
 def main(argv: list[str]) -> int:

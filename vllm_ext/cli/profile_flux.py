@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from dataclasses import fields
 from functools import partial
 
 import torch
@@ -25,6 +24,7 @@ from vllm_ext.cli.calibrating import (
     parser_of,
     require_files,
     require_least,
+    settings_of,
     stay_offline,
     write_profile,
 )
@@ -91,7 +91,7 @@ def _checked(args: argparse.Namespace) -> FluxSettings:
             f"--output is {args.output.name!r}; the routers' file is named after it, so its name "
             "may have only letters, digits, dots, - and _"
         )
-    return FluxSettings(**{one.name: getattr(args, one.name) for one in fields(FluxSettings)})
+    return settings_of(args, FluxSettings)
 
 
 def main(argv: list[str]) -> int:

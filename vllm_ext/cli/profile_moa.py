@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import fields
 
 from attn_backends.methods.moa import METHOD as MOA
 from attn_backends.profile import fingerprint
@@ -19,6 +18,7 @@ from vllm_ext.cli.calibrating import (
     parser_of,
     require_files,
     require_least,
+    settings_of,
     stay_offline,
     write_profile,
 )
@@ -60,9 +60,7 @@ def _checked(args: argparse.Namespace) -> ElasticSettings:
         raise UserError(f"--density is {args.density}; it must be above 0 and at most 1")
     lowest_of = {"context_tokens": LEAST_CONTEXT_TOKENS, "examples": 1, "seed": 0}
     require_least(args, lowest_of | {"sink_tokens": 0, "floor_tokens": 1})
-    return ElasticSettings(
-        **{field.name: getattr(args, field.name) for field in fields(ElasticSettings)}
-    )
+    return settings_of(args, ElasticSettings)
 
 
 def main(argv: list[str]) -> int:
