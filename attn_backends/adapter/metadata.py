@@ -185,10 +185,6 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         )
         return self._metadata(common, plan, common.num_reqs)
 
-    def count_sampled(self, num_rows: int) -> None:
-        """Rows that draft nothing, since they are sampled."""
-        self._planner.count_undrafted("sampled", num_rows)
-
     def _metadata(
         self, common: CommonAttentionMetadata, plan: StepPlan, num_decodes: int
     ) -> ExtMetadata:

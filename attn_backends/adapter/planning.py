@@ -140,16 +140,6 @@ class StepPlanner:
         if self._counters is not None:
             self._counters.add_verified(min(num_rows, BOOK.num_rows))
 
-    def count_undrafted(self, reason: str, num_rows: int) -> None:
-        """Rows that might have drafted.
-
-        Args:
-            reason: why they did not.
-            num_rows: of this step.
-        """
-        if self._counters is not None:
-            self._counters.add_drafted({("none", reason): num_rows})
-
     def _count_drafts(self) -> None:
         """Once for all drafts of a step."""
         if self._counters is None:

@@ -7,7 +7,7 @@ verified: the dense pass of the next step writes each layer's keys there before 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,8 +22,6 @@ from attn_backends.config import ConfigError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.sample.metadata import SamplingMetadata
-
-LEAST_TEMPERATURE = 1e-5  # vLLM's: below it a request is greedy
 
 
 @dataclass(frozen=True)
@@ -125,16 +123,14 @@ class SelfProposer(DraftModelProposer):
             others: for drafters that have keys of their own.
 
         Returns:
-            Token ids of every row of the batch; none of those that still read their prompt or are
-            sampled (``_is_greedy``), and none at all where drafting would leave nothing out.
+            Token ids of every row of the batch; none of those that still read their prompt, and
+            none at all where drafting would leave nothing out in any row.
         """
+        self._last_draft_probs = None
         num_reqs = common_attn_metadata.num_reqs
         drafts: list[list[int]] = [[] for _ in range(num_reqs)]
         reads_prompt = self._runner.discard_request_mask.np[:num_reqs]
-        answering = [row for row in range(num_reqs) if not reads_prompt[row]]
-        is_greedy = _is_greedy(sampling_metadata, num_reqs)
-        places = [row for row in answering if is_greedy[row]]
-        self._builder.count_sampled(len(answering) - len(places))
+        places = [row for row in range(num_reqs) if not reads_prompt[row]]
         if not places:
             return drafts
         lengths = common_attn_metadata.seq_lens[:num_reqs]
@@ -142,24 +138,37 @@ class SelfProposer(DraftModelProposer):
             lengths = lengths - num_rejected_tokens_gpu
         table = common_attn_metadata.block_table_tensor
         rows = _DraftRows(places, lengths[places], table[places])
-        tokens = self._draft(rows, next_token_ids[places], num_speculative_tokens)
+        first = next_token_ids[places]
+        if sampling_metadata.temperature is not None:
+            own = sampling_metadata.temperature[places]
+            sampling_metadata = replace(sampling_metadata, temperature=own)
+        tokens, probs = self._draft(rows, first, num_speculative_tokens, sampling_metadata)
         if tokens is None:
             return drafts
         for place, drafted in zip(places, tokens.tolist(), strict=True):
             drafts[place] = drafted
+        if probs is not None:
+            self._last_draft_probs = probs.new_zeros((num_reqs, *probs.shape[1:]))
+            self._last_draft_probs[places] = probs
         return drafts
 
     def _draft(
-        self, rows: _DraftRows, token_ids: torch.Tensor, num_drafts: int
-    ) -> torch.Tensor | None:
-        """Tokens ``[num_rows, num_drafts]``; None where no row would leave anything out."""
-        tokens = []
+        self,
+        rows: _DraftRows,
+        token_ids: torch.Tensor,
+        num_drafts: int,
+        sampling_metadata: SamplingMetadata,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Tokens ``[num_rows, num_drafts]``, or None where no row would leave anything out; and
+        what each was sampled from, ``[num_rows, num_drafts, vocab_size]``, unless all are greedy.
+        """
+        tokens, probs = [], []
         for index in range(num_drafts):
             positions = rows.lengths.long() + index
             slots = rows.slots(positions, self._builder.kv_cache_spec.block_size)
             metadata = self._builder.build_for_drafting(rows.common(index, slots), index)
             if not metadata.plan.narrowed_rows:
-                return None
+                return None, None
             with set_forward_context(
                 dict.fromkeys(self._layer_names, metadata),
                 self.vllm_config,
@@ -167,20 +176,11 @@ class SelfProposer(DraftModelProposer):
                 slot_mapping=dict.fromkeys(self._layer_names, slots),
             ):
                 hidden = self.model(input_ids=token_ids.int(), positions=positions)
-            token_ids = self._greedy_sample(hidden)
+            token_ids, own_probs = self._sample_draft_tokens(hidden, sampling_metadata)
             tokens.append(token_ids)
-        return torch.stack(tokens, 1)
-
-
-def _is_greedy(sampling_metadata: SamplingMetadata, num_reqs: int) -> list[bool]:
-    """Rows whose next token is the likeliest. Front ends refuse the others, since on CPUs answers
-    that vLLM's rejection sampler draws do not have the distribution of the model
-    (docs/known-issues.md); what comes all the same drafts nothing, and is counted.
-    """
-    if sampling_metadata.temperature is None:
-        return [True] * num_reqs
-    is_greedy: list[bool] = (sampling_metadata.temperature[:num_reqs] < LEAST_TEMPERATURE).tolist()
-    return is_greedy
+            if own_probs is not None:
+                probs.append(own_probs)
+        return torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None
 
 
 def require_own_drafter(runner: Any) -> None:

@@ -16,7 +16,7 @@ DRAFT_MODEL = "draft_model"
 
 
 def speculative_arguments(model: str, num_tokens: int) -> dict[str, Any]:
-    """What stands in ``--speculative-config``; greedy drafts, of greedy requests alone.
+    """What stands in ``--speculative-config``; sampled drafts, so that sampled answers accept them.
 
     Args:
         model: that is served.
@@ -26,7 +26,7 @@ def speculative_arguments(model: str, num_tokens: int) -> dict[str, Any]:
         "method": DRAFT_MODEL,
         "model": model,
         "num_speculative_tokens": num_tokens,
-        "draft_sample_method": "greedy",
+        "draft_sample_method": "probabilistic",
     }
 
 

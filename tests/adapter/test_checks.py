@@ -147,7 +147,7 @@ def test_drafts_need_vllm_s_speculative_decoding() -> None:
         ({"method": "ngram"}, {}, "speculative_config.method 'ngram' beside lossless_tokens 3"),
         ({"model": "models/two"}, {}, "speculative_config.model 'models/two'"),
         ({"num_speculative_tokens": 5}, {}, "num_speculative_tokens 5 beside lossless_tokens 3"),
-        ({"draft_sample_method": "probabilistic"}, {}, "(it must be 'greedy')"),
+        ({"draft_sample_method": "greedy"}, {}, "(it must be 'probabilistic')"),
         ({"rejection_sample_method": "synthetic"}, {}, "(it must be 'standard')"),
         ({"parallel_drafting": True}, {}, "parallel_drafting True"),
         ({"disable_padded_drafter_batch": True}, {}, "disable_padded_drafter_batch True"),
@@ -263,31 +263,3 @@ def test_layers_that_read_prompts_whole_are_refused_with_tensor_parallelism(
     engine.parallel_config.tensor_parallel_size = 2
     with pytest.raises(ConfigError, match="FLUX has not been tested with --tensor-parallel-size 2"):
         selection._check_entries(load_method("FLUX"), engine, "cpu")
-
-
-def test_sampled_requests_are_refused_where_sparse_rows_draft(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from vllm.exceptions import VLLMValidationError
-
-    from vllm_ext.platforms import selection
-    from vllm_ext.platforms.mixin import ExtPlatformMixin
-
-    class Builtin:
-        @classmethod
-        def validate_request(cls, processed_inputs: Any, params: Any) -> None:
-            """As vLLM's: nothing to refuse."""
-
-    class Platform(ExtPlatformMixin, Builtin):
-        """As vLLM asks it."""
-
-    def ask(temperature: float) -> None:
-        Platform.validate_request(None, SimpleNamespace(temperature=temperature, extra_args=None))
-
-    served = {"is_served": True, "config": SimpleNamespace(draft_tokens=4)}
-    monkeypatch.setattr(selection, "_active", served)
-    ask(0.0)
-    with pytest.raises(VLLMValidationError, match=r"temperature is 0\.7, .* ask for temperature 0"):
-        ask(0.7)
-    served["config"] = SimpleNamespace(draft_tokens=0)
-    ask(0.7)

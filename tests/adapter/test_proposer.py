@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,28 +25,25 @@ LENGTHS = [70, 40, 95]  # with the tokens that were rejected
 
 @dataclass
 class _Sampling:
-    temperature: torch.Tensor | None
+    temperature: torch.Tensor
 
 
 class _Drafter:
     """A ``SelfProposer`` with a model that counts: the token after n is n + 1."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, narrowed: list[int]) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, narrowed: list[int], probs: bool) -> None:
         self.asked: list[Any] = []
-        self.sampled: list[int] = []
         self.slots: list[list[int]] = []
         self.own: Any = SelfProposer.__new__(SelfProposer)
         reads_prompt = numpy.array([False, True, False])
         self.own._runner = SimpleNamespace(discard_request_mask=SimpleNamespace(np=reads_prompt))
         self.own._builder = SimpleNamespace(
-            kv_cache_spec=SimpleNamespace(block_size=BLOCK),
-            build_for_drafting=self._build,
-            count_sampled=self.sampled.append,
+            kv_cache_spec=SimpleNamespace(block_size=BLOCK), build_for_drafting=self._build
         )
         self.own._layer_names, self.own.vllm_config = ["layer"], None
         self.own.__dict__["model"] = lambda input_ids, positions: input_ids
-        self.own._greedy_sample = lambda hidden: hidden + 1
-        self._narrowed = narrowed
+        self.own._sample_draft_tokens = self._sample
+        self._narrowed, self._probs = narrowed, probs
         monkeypatch.setattr(proposer, "set_forward_context", self._context)
 
     def _build(self, common: Any, index: int) -> Any:
@@ -62,7 +58,11 @@ class _Drafter:
         assert num_tokens == len(self.slots[-1])
         yield
 
-    def propose(self, temperature: Sequence[float] | None = None) -> list[list[int]]:
+    def _sample(self, hidden: torch.Tensor, sampling: Any) -> Any:
+        probs = torch.full((len(hidden), 5), float(sampling.temperature[1]))
+        return hidden + 1, probs if self._probs else None
+
+    def propose(self) -> list[list[int]]:
         """Three drafts behind tokens 10, 20 and 30."""
         return self.own.propose(
             3,
@@ -72,14 +72,14 @@ class _Drafter:
                 seq_lens=torch.tensor(LENGTHS, dtype=torch.int32),
                 block_table_tensor=torch.arange(12, dtype=torch.int32).view(3, 4),
             ),
-            sampling_metadata=_Sampling(None if temperature is None else torch.tensor(temperature)),
+            sampling_metadata=_Sampling(torch.tensor([0.5, 0.7, 0.9])),
             num_rejected_tokens_gpu=torch.tensor([2, 0, 0], dtype=torch.int32),
             target_token_ids=None,
         )
 
 
 def test_rows_that_read_their_prompt_do_not_draft(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter = _Drafter(monkeypatch, narrowed=[0])
+    drafter = _Drafter(monkeypatch, narrowed=[0], probs=True)
     assert drafter.propose() == [[11, 12, 13], [], [31, 32, 33]]
     # Behind the verified tokens, those that were rejected among them are written over.
     assert drafter.asked == [
@@ -89,25 +89,20 @@ def test_rows_that_read_their_prompt_do_not_draft(monkeypatch: pytest.MonkeyPatc
     ]
     third_row = [(8 + position // BLOCK) * BLOCK + position % BLOCK for position in (95, 96, 97)]
     assert drafter.slots == [[68, third_row[0]], [69, third_row[1]], [70, third_row[2]]]
-
-
-def test_rows_that_are_sampled_do_not_draft(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter = _Drafter(monkeypatch, narrowed=[0])
-    assert drafter.propose([0.7, 0.0, 0.0]) == [[], [], [31, 32, 33]]
-    assert drafter.asked[0] == (0, [96], [2])
-    drafter.asked.clear()
-    assert drafter.propose([0.7, 0.0, 1.0]) == [[], [], []]
-    assert drafter.asked == []
-    assert drafter.sampled == [1, 2]
+    # By the batch's rows, each with its own temperature.
+    probs = drafter.own.take_last_draft_probs()
+    assert probs.shape == (3, 3, 5)
+    assert probs[:, 0, 0].tolist() == pytest.approx([0.9, 0.0, 0.9])
 
 
 def test_a_batch_that_would_leave_nothing_out_does_not_draft(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drafter = _Drafter(monkeypatch, narrowed=[])
+    drafter = _Drafter(monkeypatch, narrowed=[], probs=True)
     assert drafter.propose() == [[], [], []]
     assert len(drafter.asked) == 1
     assert drafter.slots == []
+    assert drafter.own.take_last_draft_probs() is None
 
 
 def test_vllm_asks_as_this_release_does() -> None:
@@ -116,7 +111,7 @@ def test_vllm_asks_as_this_release_does() -> None:
     ours = inspect.signature(SelfProposer.propose).parameters
     named = [name for name, one in ours.items() if one.kind is not one.VAR_KEYWORD]
     assert set(named) <= set(asked)
-    for name in ("load_model", "initialize_attn_backend", "dummy_run", "_greedy_sample"):
+    for name in ("load_model", "initialize_attn_backend", "dummy_run", "_sample_draft_tokens"):
         assert callable(getattr(DraftModelProposer, name))
 
 

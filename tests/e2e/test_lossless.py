@@ -238,3 +238,37 @@ def _texts(model_path: str, tokens: list[int]) -> list[str]:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
     return [tokenizer.decode([token]) for token in tokens]
+
+
+SAMPLED = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 20},
+    {"temperature": 1.2, "top_p": 0.7},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("params", SAMPLED, ids=["all", "top_k", "top_p"])
+def test_sampled_answers_have_stock_s_distribution(
+    model_path: str, prompts: list[list[int]], params: dict[str, Any]
+) -> None:
+    """The third token, which verification samples behind two accepted drafts or instead of one."""
+    stats = pytest.importorskip("scipy.stats")
+    sampled = {"temperature": 1.0, "n": 1, "logprobs": None} | params
+    num_answers = 1500
+    job = _job([prompts[9][:192]] * num_answers, max_tokens=4, params=sampled)
+    small = {"max_model_len": 256, "max_num_seqs": 64}
+    counts = []
+    for tokens, env in ((0, STOCK), (3, None)):
+        (answers,) = run_engine(_engine(model_path, tokens, **small), [job], env)["jobs"]
+        third = [answer["tokens"][2] for answer in answers]
+        counts.append({token: third.count(token) for token in set(third)})
+    stock, ours = counts
+    common = [token for token, count in stock.items() if count + ours.get(token, 0) >= 20]
+    table = [[one.get(token, 0) for token in common] for one in counts]
+    for row in table:
+        row.append(num_answers - sum(row))  # all rare ones
+    if sum(row[-1] for row in table) == 0:
+        table = [row[:-1] for row in table]
+    assert len(table[0]) >= 3
+    assert stats.chi2_contingency(table).pvalue > 1e-3

@@ -57,14 +57,13 @@ class ExtPlatformMixin:
         """The builtin's check, then our per-request options.
 
         Raises:
-            VLLMValidationError: what cannot be honoured; a 400.
+            VLLMValidationError: ``vllm_xargs`` that cannot be honoured; a 400.
         """
         builtin: Any = super()
         builtin.validate_request(processed_inputs, params)
-        from vllm_ext.platforms.selection import check_request, check_sampling
+        from vllm_ext.platforms.selection import check_request
 
         check_request(getattr(params, "extra_args", None))
-        check_sampling(params)
 
     @classmethod
     def register_custom_kv_cache_specs(cls, vllm_config: VllmConfig) -> None:

@@ -250,29 +250,6 @@ def check_request(extra_args: Mapping[str, Any] | None) -> None:
         )
 
 
-def check_sampling(params: Any) -> None:
-    """Refuses sampled requests where sparse rows only draft. A front end that configured no engine
-    knows of none: there the drafter counts them.
-
-    Args:
-        params: vLLM's ``SamplingParams``, or what pooling requests have.
-
-    Raises:
-        VLLMValidationError: on CPUs vLLM's rejection sampler does not draw from the model's
-            distribution, and ends the engine where a batch of sampled requests has no draft.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    temperature = getattr(params, "temperature", 0)
-    if not _active.get("is_served") or not _active["config"].draft_tokens or not temperature:
-        return
-    raise VLLMValidationError(
-        f"temperature is {temperature}, but with --lossless-tokens only greedy answers are "
-        "verified on CPUs: ask for temperature 0, or a server without it",
-        parameter="temperature",
-    )
-
-
 def select_backend(name: str, selector_config: Any, builtin: Callable[[], str]) -> str:
     """Class path of the backend for one layer.
 
