@@ -89,23 +89,32 @@ class RowCuts:
 
 @dataclass(frozen=True)
 class SpanRule:
-    """A ``Span`` per row and KV head: which tokens a query may attend.
+    """Which tokens a query may attend: a ``Span`` per row and KV head, or per row and query head.
 
     It is a rule about tokens and positions, so chunking, batching and block size cannot change
     it. Kernels compute in int32: exact for positions below 2^25.
     """
 
-    # [num_reqs, num_kv_heads, 4] int32, contiguous: sink_tokens, floor_tokens, alpha_tokens,
-    # beta_64ths
+    # [num_reqs, num_kv_heads, num_spans, 4] int32, contiguous: sink_tokens, floor_tokens,
+    # alpha_tokens, beta_64ths; num_spans is 1, or one for each query head of a KV head's group
     values: torch.Tensor
     span: Span | None = None  # what all rows and heads have; None: they differ, or nobody knows
 
     @classmethod
-    def of(cls, spans: Sequence[Span], num_reqs: int, device: torch.device) -> SpanRule:
-        """One span per KV head, the same in all rows."""
+    def of(
+        cls, spans: Sequence[Span], num_reqs: int, device: torch.device, num_spans: int = 1
+    ) -> SpanRule:
+        """The same in all rows.
+
+        Args:
+            spans: of each KV head, ``num_spans`` side by side.
+            num_reqs: rows.
+            device: of the values.
+            num_spans: 1, or the query heads of a group.
+        """
         heads = [(s.sink_tokens, s.floor_tokens, s.alpha_tokens, s.beta_64ths) for s in spans]
-        values = torch.tensor(heads, dtype=torch.int32, device=device)
-        return cls(values.repeat(num_reqs, 1, 1), spans[0] if len({*spans}) == 1 else None)
+        values = torch.tensor(heads, dtype=torch.int32, device=device).view(1, -1, num_spans, 4)
+        return cls(values.repeat(num_reqs, 1, 1, 1), spans[0] if len({*spans}) == 1 else None)
 
     def rows(self, first: int, last: int) -> SpanRule:
         """The rule of rows ``[first, last)``."""
@@ -114,8 +123,14 @@ class SpanRule:
     def sees(
         self, row: int, head: int, positions: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
-        """Whether queries at ``positions`` see ``tokens`` at or before them; int64, broadcast."""
-        sink, floor, alpha, beta = self.values[row, head].long().unbind()
+        """Whether queries at ``positions`` see ``tokens`` at or before them; int64.
+
+        Returns:
+            ``[num_spans, ...]``, of a KV head's spans; positions and tokens broadcast.
+        """
+        values = self.values[row, head].long().unbind(1)
+        others = [1] * max(tokens.ndim, positions.ndim)
+        sink, floor, alpha, beta = (value.view(-1, *others) for value in values)
         spans = torch.maximum(floor, alpha + beta * (positions + 1) // BETA_UNIT)
         return (tokens < sink) | (tokens > positions - spans)
 

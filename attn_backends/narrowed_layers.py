@@ -95,7 +95,7 @@ class NarrowedLayers:
         return LayerPlan(Selected(selection), SpanRule(rules), is_prefill_plain=is_plain)
 
     def _ruled(self, sees_everything: torch.Tensor) -> torch.Tensor:
-        return torch.where(sees_everything[:, None, None], self._everything, self._narrow)
+        return torch.where(sees_everything[:, None, None, None], self._everything, self._narrow)
 
     def _decode(self, seq_lens: torch.Tensor, dense_until: Sequence[int]) -> torch.Tensor:
         """Writes the selection of the decode rows.

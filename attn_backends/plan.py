@@ -56,19 +56,23 @@ class LayerSchedule:
         roles: the role of each layer.
         head_maps: for REUSE layers whose KV heads do not follow the anchor's head of the same
             index: the anchor's KV head that each KV head follows.
-        spans: of the WINDOW layers, and of no others: what each KV head sees.
+        spans: of the WINDOW layers, and of no others: what each KV head reads and keeps.
+        query_spans: of those WINDOW layers whose query heads see less than their KV head's span:
+            what each query head sees.
         prompts_see_everything: spans hold from a request's first answer token on; queries of its
             prompt see everything.
         routed_groups: WINDOW layers, each in one group, that a request's route may make full.
 
     Raises:
         ValueError: no layers, all of them dropped, a REUSE layer without an anchor before it,
-            spans of other layers than the WINDOW ones, or a routed layer that is none of them.
+            spans of other layers than the WINDOW ones, or a routed layer, or one with spans of
+            query heads, that is none of them.
     """
 
     roles: tuple[LayerRole, ...]
     head_maps: dict[int, tuple[int, ...]] = field(default_factory=dict)
     spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
+    query_spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
     prompts_see_everything: bool = False
     routed_groups: tuple[tuple[int, ...], ...] = ()
 
@@ -88,10 +92,17 @@ class LayerSchedule:
             )
         if other := {*()}.union(*self.routed_groups) - windows:
             raise ValueError(f"layers {sorted(other)} are routed, but are no WINDOW layers")
+        if other := set(self.query_spans) - windows:
+            raise ValueError(f"layers {sorted(other)} have query_spans, but are no WINDOW layers")
 
     def of_role(self, *roles: LayerRole) -> tuple[int, ...]:
         """Indices of the layers that have one of these roles."""
         return tuple(i for i, role in enumerate(self.roles) if role in roles)
+
+    @property
+    def rules(self) -> dict[int, tuple[Span, ...]]:
+        """Of the WINDOW layers: what each KV head's queries see, or each query head's apart."""
+        return self.spans | self.query_spans
 
     @property
     def dropped(self) -> tuple[int, ...]:

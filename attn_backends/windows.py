@@ -35,14 +35,21 @@ class WindowLayers:
     """
 
     def __init__(self, schedule: LayerSchedule, geometry: Geometry, device: torch.device) -> None:
-        kinds = list(dict.fromkeys(schedule.spans.values()))
-        self._kind_of = {layer: kinds.index(spans) for layer, spans in schedule.spans.items()}
-        self._narrowing = {span for spans in kinds for span in spans}
+        rules_of = schedule.rules
+        ruled = {layer: (spans, rules_of[layer]) for layer, spans in schedule.spans.items()}
+        ways = list(dict.fromkeys(ruled.values()))
+        kinds = [spans for spans, _ in ways]
+        self._kind_of = {layer: ways.index(way) for layer, way in ruled.items()}
+        self._read = {span for spans in kinds for span in spans}
+        self._seen = {span for _, rule in ways for span in rule}
         self._block_size = geometry.block_size
-        self._rules = [SpanRule.of(spans, geometry.max_num_reqs, device) for spans in kinds]
+        self._rules = [
+            SpanRule.of(rule, geometry.max_num_reqs, device, len(rule) // geometry.num_kv_heads)
+            for _, rule in ways
+        ]
         shape = (len(kinds), geometry.max_num_reqs, geometry.num_kv_heads)
         # [kinds, 1, num_kv_heads] each
-        rules = [SpanRule.of(spans, 1, torch.device("cpu")).values for spans in kinds]
+        rules = [SpanRule.of(spans, 1, torch.device("cpu")).values[:, :, 0] for spans in kinds]
         values = torch.stack(rules) if rules else torch.zeros(0, 1, 1, 4, dtype=torch.int32)
         sinks, self._floor, self._alpha, self._beta = values.to(device).unbind(3)
         width, block_size = self._width(geometry), geometry.block_size
@@ -56,7 +63,7 @@ class WindowLayers:
         # A window of W tokens touches at most (W - 2) // block_size + 2 blocks, wherever it starts.
         widths = (
             -(-span.sink_tokens // block_size) + (span.tokens(max_tokens) - 2) // block_size + 2
-            for span in self._narrowing
+            for span in self._read
         )
         return min(max(widths, default=1), -(-max_tokens // block_size))
 
@@ -80,7 +87,7 @@ class WindowLayers:
 
     def hide_something(self, seq_len: int) -> bool:
         """Whether some head of some layer leaves out a part of this many tokens."""
-        return not all(span.sees_everything(seq_len) for span in self._narrowing)
+        return not all(span.sees_everything(seq_len) for span in self._seen)
 
 
 def window_entries(schedule: LayerSchedule, num_kv_heads: int) -> tuple[KVEntry, ...]:

@@ -143,7 +143,7 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
                 ),
                 config.kernel,
             )
-            for spans in ((), schedule.spans.values())
+            for spans in ((), schedule.rules.values())
         )
         self._ops, self._layers = (plain, ruled), layers
         # Where sparse rows only draft, steps of the scheduler verify: they read everything.

@@ -50,7 +50,7 @@ def op_context(
         spec: of the layers.
         num_query_heads: of a layer.
         device: of the cache.
-        spans: of the layers with a rule, one span per KV head; none: no layer has one.
+        spans: of the layers with a rule, by KV or query head; none: no layer has one.
         rows_differ: some rows see everything instead.
     """
     layout = _layout(spec, spec.dtype, device.type)

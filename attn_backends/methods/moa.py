@@ -6,8 +6,8 @@ Paper: MoA, arXiv 2406.14909 (thu-nics/MoA). We differ:
   which no prefix cache allows: what is cached must not depend on what came after it. A full head
   stays full as generation goes on;
 - rules are profiled per KV head, since grouped query heads share what is kept. A file in MoA's own
-  format has one per query head: a KV head then shows all its query heads what any of them sees,
-  and keeps it;
+  format has one per query head: each sees what its own shows, and a KV head keeps what any of its
+  query heads sees;
 - heads are in a few classes of equal spans, each with block tables of its own (head_classes.py),
   and what no later query sees is freed.
 """
@@ -105,8 +105,10 @@ class MoaConfig(MethodConfig):
             raise SettingError("rules", f"is {self.rules!r} beside a profile: give one of them")
 
 
-def _spans(config: MoaConfig, geometry: Geometry) -> list[list[Span]]:
-    """By layer and KV head.
+def _spans(
+    config: MoaConfig, geometry: Geometry
+) -> tuple[list[list[Span]], list[list[Span]] | None]:
+    """By layer and KV head; by layer and query head, where those have their own.
 
     Raises:
         ConfigError: no profile, one without MOA's section, or of another shape.
@@ -119,7 +121,8 @@ def _spans(config: MoaConfig, geometry: Geometry) -> list[list[Span]]:
             [span for layer in heads for span in layer], geometry.max_model_len
         )
         size = geometry.num_kv_heads
-        return [flat[layer * size : (layer + 1) * size] for layer in range(geometry.num_layers)]
+        kept = [flat[layer * size : (layer + 1) * size] for layer in range(geometry.num_layers)]
+        return kept, rules.query_head_spans()
     section = chosen_section(config.profile, geometry, METHOD.name, HeadSpans)
     if section is None:
         raise NoSectionError(
@@ -127,18 +130,24 @@ def _spans(config: MoaConfig, geometry: Geometry) -> list[list[Span]]:
             f"model; make one with `{HeadSpans.made_by}` and name it (--profile FILE), or give a "
             "file of MoA's (--rules FILE)"
         )
-    return section.spans()
+    return section.spans(), None
 
 
 def _schedule(config: MoaConfig, geometry: Geometry) -> LayerSchedule:
     """Layers that see everything with every head are plain dense ones."""
-    roles, spans = [], {}
-    for layer, heads in enumerate(_spans(config, geometry)):
-        is_full = all(span == everything() for span in heads)
+    heads_of, queries_of = _spans(config, geometry)
+    roles, spans, query_spans = [], {}, {}
+    for layer, heads in enumerate(heads_of):
+        queries = heads if queries_of is None else queries_of[layer]
+        is_full = all(span == everything() for span in queries)
         roles.append(LayerRole.DENSE if is_full else LayerRole.WINDOW)
-        if not is_full:
-            spans[layer] = tuple(heads)
-    return LayerSchedule(tuple(roles), spans=spans)
+        if is_full:
+            continue
+        spans[layer] = tuple(heads)
+        group = len(queries) // len(heads)
+        if queries != [span for span in heads for _ in range(group)]:
+            query_spans[layer] = tuple(queries)
+    return LayerSchedule(tuple(roles), spans=spans, query_spans=query_spans)
 
 
 def _selector(

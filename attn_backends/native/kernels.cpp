@@ -170,11 +170,33 @@ struct Span {
   }
 };
 
-// values: [num_reqs, num_kv_heads, 4], or null: everything is seen.
-inline Span span_of(const int32_t* values, int64_t row, int64_t head, int64_t num_kv_heads) {
-  if (!values) return {0, std::numeric_limits<int32_t>::max(), 0, 0};
-  const int32_t* v = values + (row * num_kv_heads + head) * 4;
-  return {v[0], v[1], v[2], v[3]};
+// Tokens [begin, end) that a query does not see.
+struct Gap {
+  int64_t begin = 0, end = 0;
+};
+
+struct Rule {
+  const int32_t* values;  // [num_reqs, num_kv_heads, num_spans, 4], or null: everything is seen
+  int64_t num_kv_heads, num_spans;  // of a KV head: one, or one for each query head of the group
+
+  // Of query head `g` of a KV head's group.
+  Span span_of(int64_t row, int64_t head, int64_t g) const {
+    if (!values) return {0, std::numeric_limits<int32_t>::max(), 0, 0};
+    const int32_t* v = values + ((row * num_kv_heads + head) * num_spans + g % num_spans) * 4;
+    return {v[0], v[1], v[2], v[3]};
+  }
+
+};
+
+// What is hidden from all of these spans, at this position and at later ones: its memory may hold
+// anything. The end may lie before the beginning.
+inline Gap hidden_from_all(const std::vector<Span>& spans, int64_t position) {
+  Gap gap{0, std::numeric_limits<int64_t>::max()};
+  for (const Span& span : spans) {
+    gap.begin = std::max(gap.begin, span.sink);
+    gap.end = std::min(gap.end, span.gap_end(position));
+  }
+  return gap;
 }
 
 // exp(x), off by a few ULPs about 0; 0 for minus infinity.
@@ -259,7 +281,7 @@ struct DecodeArgs {
   const int32_t *block_table, *seq_lens;
   const int32_t *blocks, *counts;  // null: every block of the row
   const int64_t* heads;            // whose blocks each KV head reads; null: those of its index
-  const int32_t* spans;            // null: no rule
+  Rule rule;
   int64_t table_stride, blocks_row_stride, blocks_head_stride, counts_stride;
   float scale;
 
@@ -276,13 +298,17 @@ struct BlockStats {
 // alone are read.
 template <typename T>
 void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head, int64_t first,
-                  int64_t last, float* scratch, SoftmaxState* states, float* out,
-                  BlockStats stats, int64_t stats_width) {
+                  int64_t last, float* scratch, SoftmaxState* states, std::vector<Span>& spans,
+                  float* out, BlockStats stats, int64_t stats_width) {
   const int64_t head_size = a.cache.head_size, block_size = a.cache.block_size;
   const int64_t position = a.seq_lens[row] - 1;
   const bool reads_values = out != nullptr;
-  const Span span = span_of(a.spans, row, head, a.cache.num_kv_heads);
-  const int64_t gap_begin = span.sink, gap_end = span.gap_end(position);
+  std::vector<int64_t> gap_ends(a.group);
+  for (int64_t g = 0; g < a.group; ++g) {
+    spans[g] = a.rule.span_of(row, head, g);
+    gap_ends[g] = spans[g].gap_end(position);
+  }
+  const Gap gap = hidden_from_all(spans, position);
   float* logits = scratch;                           // [group, block_size]
   float* scaled = scratch + a.group * block_size;    // [group, head_size]
   for (int64_t g = 0; g < a.group; ++g)
@@ -306,19 +332,19 @@ void decode_piece(const DecodeArgs& a, const T* query, int64_t row, int64_t head
     block_logits<T, 4, 4>(scaled, a.group, key, next_key, head_size, block_size, logits,
                           block_size);
     const int64_t end = std::min(block_size, position + 1 - base);
-    const int64_t hidden_begin = std::clamp<int64_t>(gap_begin - base, 0, end);
-    const int64_t hidden_end = std::clamp<int64_t>(gap_end - base, hidden_begin, end);
     for (int64_t g = 0; g < a.group; ++g) {
-      const float sum =
-          softmax_row(logits + g * block_size, block_size, hidden_begin, hidden_end, end, states[g],
-                      out + g * head_size, reads_values ? head_size : 0);
+      const float sum = softmax_row(logits + g * block_size, block_size, spans[g].sink - base,
+                                    gap_ends[g] - base, end, states[g], out + g * head_size,
+                                    reads_values ? head_size : 0);
       if (stats.max) {
         stats.max[g * stats_width + i] = states[g].max;
         stats.sum[g * stats_width + i] = sum;
       }
     }
     if (!reads_values) continue;
-    // Hidden tokens are not read at all: their memory may hold NaN, and 0 * NaN is NaN.
+    // What is hidden is not read at all: its memory may hold NaN, and 0 * NaN is NaN.
+    const int64_t hidden_begin = std::clamp<int64_t>(gap.begin - base, 0, end);
+    const int64_t hidden_end = std::clamp<int64_t>(gap.end - base, hidden_begin, end);
     add_values<T, 4, 4>(logits, a.group, block_size, value, next_value, head_size, 0,
                         hidden_begin, out);
     add_values<T, 4, 4>(logits, a.group, block_size, value, next_value, head_size, hidden_end, end,
@@ -410,13 +436,14 @@ void decode_typed(const DecodeArgs& a, const at::Tensor& query, const at::Tensor
     std::vector<float> scratch(group * (a.cache.block_size + head_size));
     std::vector<float> sums(group * head_size);
     std::vector<SoftmaxState> states(group);
+    std::vector<Span> spans(group);
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[i];
       std::fill(sums.begin(), sums.end(), 0.f);
       std::fill(states.begin(), states.end(), SoftmaxState{});
       decode_piece<T>(a, query_data + piece.row * query.stride(0) + piece.head * group * head_size,
                       piece.row, piece.head, piece.first, piece.last, scratch.data(),
-                      states.data(), out_data ? sums.data() : nullptr,
+                      states.data(), spans, out_data ? sums.data() : nullptr,
                       stats_of(piece.row * heads + piece.head), mass_width);
       for (int64_t g = 0; g < group; ++g) {
         float* slot = partial.data() + (i * group + g) * width;
@@ -472,7 +499,8 @@ void topk_row(const float* mass, int64_t num_blocks, int64_t budget, int64_t num
 struct PrefillArgs {
   Cache cache;
   int64_t group;
-  const int32_t *query_start, *seq_lens, *block_table, *spans;
+  const int32_t *query_start, *seq_lens, *block_table;
+  Rule rule;
   int64_t table_stride;
   float scale;
 };
@@ -500,9 +528,11 @@ class VecBuffer {
 struct TileScratch {
   VecBuffer query, logits, key, value, out;
   std::vector<SoftmaxState> states;
-  TileScratch(int64_t rows, int64_t head_size, int64_t block_size)
+  std::vector<Span> spans;  // of the group's query heads
+  TileScratch(int64_t rows, int64_t group, int64_t head_size, int64_t block_size)
       : query(rows * head_size), logits(rows * group_tokens(block_size)), key(head_size * block_size),
-        value(head_size * block_size), out(rows * head_size), states(rows) {}
+        value(head_size * block_size), out(rows * head_size), states(rows),
+        spans(group) {}
 };
 
 // The block as floats; `next` is the block to ask the memory for meanwhile, or null.
@@ -526,7 +556,6 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
   const int64_t query_len = a.query_start[t.row + 1] - start;
   const int64_t base_position = a.seq_lens[t.row] - query_len;
   const int64_t first_position = base_position + t.first, last_position = base_position + t.last - 1;
-  const Span span = span_of(a.spans, t.row, t.head, a.cache.num_kv_heads);
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = query + (start + t.first + r / group) * query_stride +
                     (t.head * group + r % group) * head_size;
@@ -536,11 +565,13 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
   std::fill_n(s.out.data(), rows * head_size, 0.f);
   std::fill(s.states.begin(), s.states.end(), SoftmaxState{});
   const int32_t* table = a.block_table + t.row * a.table_stride;
-  // The tile's first query has the smallest gap: what lies in it is hidden from all, and hidden
-  // memory may hold NaN. Only tokens that some row of the tile sees are used.
-  const int64_t gap_end = std::max<int64_t>(span.sink, span.gap_end(first_position));
+  // The tile's first queries have the smallest gaps: what lies in all of them is hidden from all,
+  // and hidden memory may hold NaN. Only tokens that some row of the tile sees are used.
+  for (int64_t g = 0; g < group; ++g) s.spans[g] = a.rule.span_of(t.row, t.head, g);
+  const Gap gap = hidden_from_all(s.spans, first_position);
+  const int64_t gap_end = std::max<int64_t>(gap.begin, gap.end);
   const auto in_gap = [&](int64_t begin, int64_t end) {
-    return begin >= span.sink && end <= gap_end;
+    return begin >= gap.begin && end <= gap_end;
   };
   const int64_t num_tokens = last_position + 1, step = group_tokens(block_size);
   for (int64_t base = 0; base < num_tokens; base += step) {
@@ -571,11 +602,9 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
     });
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = first_position + r / group, width = num_blocks * block_size;
-      const int64_t end = std::clamp<int64_t>(position + 1 - base, 0, width);
-      const int64_t hidden_begin = std::clamp<int64_t>(span.sink - base, 0, end);
-      const int64_t hidden_end =
-          std::clamp<int64_t>(span.gap_end(position) - base, hidden_begin, end);
-      softmax_row(s.logits.data() + r * step, width, hidden_begin, hidden_end, end, s.states[r],
+      const Span& span = s.spans[r % group];
+      softmax_row(s.logits.data() + r * step, width, span.sink - base,
+                  span.gap_end(position) - base, position + 1 - base, s.states[r],
                   s.out.data() + r * head_size, head_size);
     }
     for_seen_blocks(a.cache.value, s.value, [&](const float* value, const float* next,
@@ -586,7 +615,7 @@ void prefill_tile(const PrefillArgs& a, const Tile& t, const T* query, int64_t q
                                                       s.out.data());
       };
       const int64_t end = std::min(block_size, num_tokens - begin);
-      const int64_t hidden_begin = std::clamp<int64_t>(span.sink - begin, 0, end);
+      const int64_t hidden_begin = std::clamp<int64_t>(gap.begin - begin, 0, end);
       add(0, hidden_begin);
       add(std::clamp<int64_t>(gap_end - begin, hidden_begin, end), end);
     });
@@ -617,7 +646,7 @@ void paged_attention_typed(const PrefillArgs& a, int64_t num_reqs, const at::Ten
   // Causal tiles differ in cost by their position, so threads draw them one by one.
   std::atomic<int64_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    TileScratch scratch(tokens_per_tile * a.group, a.cache.head_size, a.cache.block_size);
+    TileScratch scratch(tokens_per_tile * a.group, a.group, a.cache.head_size, a.cache.block_size);
     for (int64_t i = next++; i < static_cast<int64_t>(tiles.size()); i = next++)
       prefill_tile<T>(a, tiles[i], query_data, query.stride(0), scratch, out_data, out.stride(0));
   });
@@ -665,13 +694,14 @@ Cache make_cache(const at::Tensor& key_cache, const at::Tensor& value_cache) {
           key_cache.stride(0), key_cache.stride(1), block_size, head_size, key_cache.size(1)};
 }
 
-const int32_t* rule_data(const std::optional<at::Tensor>& rule, int64_t num_reqs,
-                         int64_t num_kv_heads) {
-  if (!rule.has_value()) return nullptr;
-  TORCH_CHECK(rule->is_contiguous() && rule->dim() == 3 && rule->size(0) >= num_reqs &&
-                  rule->size(1) == num_kv_heads && rule->size(2) == 4,
-              "a rule must be a contiguous [num_reqs, num_kv_heads, 4]");
-  return rule->const_data_ptr<int32_t>();
+Rule make_rule(const std::optional<at::Tensor>& rule, int64_t num_reqs, int64_t num_kv_heads,
+               int64_t group) {
+  if (!rule.has_value()) return {nullptr, num_kv_heads, 1};
+  TORCH_CHECK(rule->is_contiguous() && rule->dim() == 4 && rule->size(0) >= num_reqs &&
+                  rule->size(1) == num_kv_heads &&
+                  (rule->size(2) == 1 || rule->size(2) == group) && rule->size(3) == 4,
+              "a rule must be a contiguous [num_reqs, num_kv_heads, 1 or group, 4]");
+  return {rule->const_data_ptr<int32_t>(), num_kv_heads, rule->size(2)};
 }
 
 const int64_t* heads_data(const std::optional<at::Tensor>& heads, int64_t num_kv_heads) {
@@ -709,7 +739,8 @@ void sparse_decode(const at::Tensor& query, const at::Tensor& key_cache,
                         logical_blocks.const_data_ptr<int32_t>(),
                         counts.const_data_ptr<int32_t>(),
                         heads_data(heads, cache.num_kv_heads),
-                        rule_data(rule, query.size(0), cache.num_kv_heads),
+                        make_rule(rule, query.size(0), cache.num_kv_heads,
+                                  query.size(1) / cache.num_kv_heads),
                         block_table.stride(0),
                         logical_blocks.stride(0),
                         logical_blocks.stride(1),
@@ -786,7 +817,8 @@ void paged_attention(const at::Tensor& query, const at::Tensor& key_cache,
                          query_start_loc.const_data_ptr<int32_t>(),
                          seq_lens.const_data_ptr<int32_t>(),
                          block_table.const_data_ptr<int32_t>(),
-                         rule_data(rule, seq_lens.size(0), cache.num_kv_heads),
+                         make_rule(rule, seq_lens.size(0), cache.num_kv_heads,
+                                   query.size(1) / cache.num_kv_heads),
                          block_table.stride(0),
                          static_cast<float>(scale)};
   DISPATCH_CACHE_DTYPE(key_cache.scalar_type(),

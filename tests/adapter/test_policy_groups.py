@@ -119,7 +119,7 @@ def test_layers_of_a_policy_get_the_rows_through_their_window() -> None:
         own = plan.layers[layer]
         assert isinstance(own.decode, Selected)
         assert own.rule is not None
-        assert own.rule.values.shape == (3, 2, 4)  # the prefill row, too
+        assert own.rule.values.shape == (3, 2, 1, 4)  # the prefill row, too
         for row, seq_len in enumerate([1000, 100]):
             read = own.decode.selection.logical_blocks[row, 0].tolist()
             first = span.first_seen(seq_len)

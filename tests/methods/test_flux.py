@@ -72,7 +72,7 @@ def test_decode_rows_read_the_blocks_that_their_position_shows(
             assert blocks[:count] == sorted({t // BLOCK for t in seen})
             assert {*blocks[count:]} <= {-1}
             visible = rule.sees(row, head, torch.tensor(seq_len - 1), torch.arange(seq_len))
-            assert visible.nonzero().flatten().tolist() == seen
+            assert visible[0].nonzero().flatten().tolist() == seen
 
 
 def _attended(
@@ -150,7 +150,7 @@ def test_rows_of_a_batch_are_cut_each_where_its_prompt_ends() -> None:
     rule, narrow = plan.layers[1].rule, [20, 40, 0, 0]
     assert rule is not None
     everything = [0, EVERYTHING_TOKENS, 0, 0]
-    assert rule.values[:, 1].tolist() == [narrow, everything, everything, narrow, narrow]
+    assert rule.values[:, 1, 0].tolist() == [narrow, everything, everything, narrow, narrow]
     # Where no part is narrowed, prefill has no rule, and a later step no trace of one.
     plan = selector.plan(
         StepRows(lengths, lengths, 2, dense_until=[10, 60], prefill_queries=[range(0, 60)])
@@ -160,7 +160,7 @@ def test_rows_of_a_batch_are_cut_each_where_its_prompt_ends() -> None:
     assert plan.layers[1].prefill_rule(1, 1) is None
     again = selector.plan(rows).layers[1].rule
     assert again is not None
-    assert again.values[:, 1].tolist() == [narrow, everything, everything, narrow, narrow]
+    assert again.values[:, 1, 0].tolist() == [narrow, everything, everything, narrow, narrow]
 
 
 def test_reasons_name_requests_that_ask_for_everything() -> None:

@@ -321,7 +321,7 @@ def test_decode_rows_read_by_their_routes(rows: list[tuple[int, int]], prompt: i
                 {t // BLOCK for t in seen}
             )
             visible = rule.sees(row, 1, torch.tensor(last), torch.arange(seq_len))
-            assert visible.nonzero().flatten().tolist() == seen
+            assert visible[0].nonzero().flatten().tolist() == seen
 
 
 @pytest.mark.parametrize("route", [0b00, 0b01, 0b11])

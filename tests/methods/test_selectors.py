@@ -134,7 +134,7 @@ def test_rules_cover_prefill_rows_too() -> None:
     assert plan.layers[0] is plan.layers[1]
     rule = plan.layers[0].rule
     assert rule is not None
-    assert rule.values.tolist() == [[[32, 256, 0, 0], [0, 64, 0, 0]]] * 3
+    assert rule.values.tolist() == [[[[32, 256, 0, 0]], [[0, 64, 0, 0]]]] * 3
 
 
 @pytest.mark.parametrize("name", REGISTRY)

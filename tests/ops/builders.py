@@ -201,12 +201,15 @@ def single_row(problem: Problem, row: int) -> Problem:
     )
 
 
-def make_rule(problem: Problem, span: Span, per_head: bool = False) -> SpanRule:
-    """A rule for all rows; with ``per_head`` every (row, KV head) gets another one."""
+def make_rule(
+    problem: Problem, span: Span, per_head: bool = False, per_query_head: bool = False
+) -> SpanRule:
+    """A rule for all rows, or another one for every (row, KV head) or (row, query head)."""
     num_kv_heads, device = problem.layout.num_kv_heads, problem.device
-    if not per_head:
+    if not per_head and not per_query_head:
         return SpanRule.of([span] * num_kv_heads, problem.batch.num_reqs, device)
-    steps = range(problem.batch.num_reqs * num_kv_heads)
+    num_spans = problem.query.shape[1] // num_kv_heads if per_query_head else 1
+    steps = range(problem.batch.num_reqs * num_kv_heads * num_spans)
     varied = [
         replace(
             span,
@@ -217,7 +220,7 @@ def make_rule(problem: Problem, span: Span, per_head: bool = False) -> SpanRule:
         for step in steps
     ]
     values = SpanRule.of(varied, 1, device).values
-    return SpanRule(values.view(problem.batch.num_reqs, num_kv_heads, -1))
+    return SpanRule(values.view(problem.batch.num_reqs, num_kv_heads, num_spans, -1))
 
 
 def full_selection(problem: Problem) -> BlockSelection:
@@ -283,23 +286,26 @@ def sink_window_selection(
 def visible_tokens(
     problem: Problem, row: int, rule: SpanRule | None, selection: BlockSelection | None = None
 ) -> torch.Tensor:
-    """What each query of a row may see, ``[num_kv_heads, query_len, seq_len]`` bool."""
+    """What each query of a row may see, ``[num_kv_heads, num_spans, query_len, seq_len]`` bool."""
     seq_len, tokens = len(problem.keys[row]), problem.query_range(row)
     query_len = tokens.stop - tokens.start
     token = torch.arange(seq_len)
     position = torch.arange(seq_len - query_len, seq_len)[:, None]
-    visible = torch.zeros(problem.layout.num_kv_heads, query_len, seq_len, dtype=torch.bool)
-    for head in range(problem.layout.num_kv_heads):
+    num_kv_heads, num_spans = problem.layout.num_kv_heads, 1
+    if rule is not None:
+        num_spans = rule.values.shape[2]
+    visible = torch.zeros(num_kv_heads, num_spans, query_len, seq_len, dtype=torch.bool)
+    for head, place in itertools.product(range(num_kv_heads), range(num_spans)):
         seen = token <= position
         if rule is not None:
-            span = Span(*rule.values[row, head].tolist())
+            span = Span(*rule.values[row, head, place].tolist())
             firsts = [span.first_seen(p + 1) for p in position.flatten().tolist()]
             seen = seen & ((token < span.sink_tokens) | (token >= torch.tensor(firsts)[:, None]))
         if selection is not None:
             count = int(selection.counts[row, head])
             chosen = selection.logical_blocks[row, head, :count].cpu()
             seen = seen & torch.isin(token // problem.layout.block_size, chosen)
-        visible[head] = seen
+        visible[head, place] = seen
     return visible
 
 
@@ -308,7 +314,7 @@ def poison_hidden(
 ) -> None:
     """Overwrites tokens that no query may see with NaN, in the cache only."""
     for row, keys in enumerate(problem.keys):
-        seen = visible_tokens(problem, row, rule, selection).any(dim=1)  # [num_kv_heads, seq_len]
+        seen = visible_tokens(problem, row, rule, selection).flatten(1, 2).any(dim=1)  # by KV head
         slots = slots_of(problem.batch.block_table[row], len(keys), problem.layout.block_size)
         for head, seen_by_head in enumerate(seen):
             hidden = slots[~seen_by_head].to(problem.device)
@@ -337,7 +343,8 @@ def dense_attention(
             raw[row].to(dtype).transpose(0, 1).repeat_interleave(group, dim=0)
             for raw in (problem.keys, problem.values)
         )
-        visible = visible_tokens(problem, row, rule, selection).repeat_interleave(group, dim=0)
+        visible = visible_tokens(problem, row, rule, selection)
+        visible = visible.expand(-1, group, -1, -1).flatten(0, 1)
         logits = query @ keys.transpose(1, 2) * problem.scale
         weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         out[tokens] = (weights @ values).transpose(0, 1)

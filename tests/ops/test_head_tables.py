@@ -47,7 +47,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 ELASTIC = Span(3, 11, -5, 24)
 RULES = [
     pytest.param(None, id="no_rule", marks=pytest.mark.slow),
-    pytest.param(ELASTIC, id="elastic_per_head"),
+    pytest.param(ELASTIC, id="elastic_per_query_head"),
 ]
 # vLLM's pool: heads of one group lie apart, those of different groups never own the same block.
 # Layers outermost (stride 1, a region per head of a group), and blocks outermost.
@@ -150,7 +150,7 @@ def _fold(problem: Problem, group_of_head: tuple[int, ...], place: str) -> Folde
 
 
 def _rule(problem: Problem, span: Span | None) -> SpanRule | None:
-    return None if span is None else make_rule(problem, span, per_head=True)
+    return None if span is None else make_rule(problem, span, per_query_head=True)
 
 
 @pytest.mark.parametrize("span", RULES)

@@ -105,7 +105,10 @@ RULES = [
     pytest.param({"span": Span(0, 20)}, id="sink0-window20", marks=pytest.mark.slow),
     pytest.param({"span": Span(5, 33, -40, 48)}, id="sink5-elastic48-alpha_negative"),
     pytest.param({"span": Span(17, 1)}, id="sink17-window1", marks=pytest.mark.slow),
-    pytest.param({"span": Span(3, 11, -5, 24), "per_head": True}, id="rule_per_head"),
+    pytest.param(
+        {"span": Span(3, 11, -5, 24), "per_head": True}, id="rule_per_head", marks=pytest.mark.slow
+    ),
+    pytest.param({"span": Span(3, 11, -5, 24), "per_query_head": True}, id="rule_per_query_head"),
 ]
 
 

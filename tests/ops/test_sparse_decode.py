@@ -93,7 +93,9 @@ CASES = [
 RULES = [
     pytest.param(None, id="no_rule"),
     pytest.param({"span": Span(0, 40)}, id="sink0-window40", marks=pytest.mark.slow),
-    pytest.param({"span": Span(7, 33, -30, 24), "per_head": True}, id="elastic_rule_per_head"),
+    pytest.param(
+        {"span": Span(7, 33, -30, 24), "per_query_head": True}, id="elastic_rule_per_query_head"
+    ),
 ]
 SELECTIONS = [
     pytest.param(full_selection, id="full"),

@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[2]
 MAX_SPILLED_BYTES = 128
 
 DEFAULT = [
-    ("sparse_decode", 90, "bfloat16", 128, 4, 16, "heads"),
+    ("sparse_decode", 90, "bfloat16", 128, 4, 16, "query_rule heads"),
     ("sparse_decode", 80, "float32", 80, 1, 128, "rule"),
     ("anchor_decode", 90, "bfloat16", 128, 4, 16, ""),
     ("anchor_decode", 80, "float16", 64, 8, 32, "masses"),
-    ("paged_attention", 90, "bfloat16", 128, 4, 16, "rule"),
+    ("paged_attention", 90, "bfloat16", 128, 4, 16, "query_rule"),
     ("block_topk", 90, "bfloat16", 128, 4, 16, ""),
     ("cache_write", 80, "bfloat16", 80, 4, 64, ""),
 ]
@@ -38,9 +38,9 @@ QUERY_LENS = (2048, 64, 16)  # of a prefill
 TURNS = 3  # of the others for each dtype and head size
 BLOCK_SIZES = (16, 32, 64, 128, 48)
 VARIANTS = {
-    "sparse_decode": ("", "rule", "heads", "rule heads"),
+    "sparse_decode": ("", "rule", "heads", "rule heads", "query_rule"),
     "anchor_decode": ("", "masses", "dense"),
-    "paged_attention": ("", "rule"),
+    "paged_attention": ("", "rule", "query_rule"),
     "block_topk": ("",),
     "cache_write": ("",),
 }

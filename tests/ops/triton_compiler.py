@@ -79,7 +79,10 @@ class Case:
             max_query_len=self.query_len,
             max_seq_len=self.max_tokens,
         )
-        rule = SpanRule(_tensor(NUM_ROWS, heads, 4)) if "rule" in self.variant else None
+        num_spans = 1 if "rule" in self.variant else 0
+        if "query_rule" in self.variant:
+            num_spans = self.group
+        rule = SpanRule(_tensor(NUM_ROWS, heads, num_spans, 4)) if num_spans else None
         mass = _tensor(NUM_ROWS, heads, width, dtype=torch.float32)
         chosen = _tensor(NUM_ROWS, heads, width), _tensor(NUM_ROWS, heads)
         mapped = _tensor(heads, dtype=torch.int64) if "heads" in self.variant else None

@@ -148,6 +148,18 @@ def test_a_published_file_is_read(tmp_path: Path) -> None:
     config = MoaConfig(rules=str(tmp_path / "rules.json"))
     schedule = METHOD.schedule(config, GEOMETRY)
     assert schedule.roles == (LayerRole.WINDOW,) * 4
+    # Each query head sees what its own rule shows, whatever its KV head keeps.
+    assert schedule.query_spans == {layer: tuple(heads) for layer in range(4)}
+    assert schedule.spans[0][0] == everything()
+
+
+def test_rules_that_query_heads_share_are_their_kv_head_s(tmp_path: Path) -> None:
+    """Each launch then reads one rule per KV head; where all see everything, none."""
+    betas = [[0.25] * 3 + [0.5] * 6, [1] * 9, *[[0.25] * 9] * 2]
+    config = MoaConfig(rules=str(_published(tmp_path, [[0] * 9] * 4, betas)))
+    schedule, window = METHOD.schedule(config, GEOMETRY), LayerRole.WINDOW
+    assert schedule.roles == (window, LayerRole.DENSE, window, window)
+    assert not schedule.query_spans
 
 
 @pytest.mark.parametrize(

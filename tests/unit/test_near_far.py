@@ -72,7 +72,7 @@ def test_every_query_meets_each_key_it_sees_in_exactly_one_launch(
                 met[first:last, :num_keys] += shown
         positions = torch.arange(before, total)[:, None]
         tokens = torch.arange(total)
-        wanted = rule.sees(row, 0, positions, tokens) & (tokens <= positions)
+        wanted = rule.sees(row, 0, positions, tokens)[0] & (tokens <= positions)
         assert torch.equal(met, wanted.long())
 
 

@@ -30,10 +30,10 @@ def run(
         positions = torch.arange(seq_len - (last - first), seq_len, device=query.device)
         tokens = torch.arange(seq_len, device=query.device)
         for head in range(num_kv_heads):
-            visible = tokens <= positions[:, None]  # [query_len, seq_len]
+            visible = (tokens <= positions[:, None])[None]  # [1 or num_spans, query_len, seq_len]
             if rule is not None:
                 visible = visible & rule.sees(row, head, positions[:, None], tokens)
-            seen = visible.any(dim=0)
+            seen = visible.any(dim=1).any(dim=0)
             keys = key_cache[table, head].flatten(0, 1)[:seq_len].float()
             values = value_cache[table, head].flatten(0, 1)[:seq_len].float()
             # Hidden tokens may hold anything: 0 * NaN is NaN, so they are cleared.

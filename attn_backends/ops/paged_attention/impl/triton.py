@@ -110,7 +110,7 @@ def launches(
             **support.cache_strides(key_cache, value_cache),
             "TILE_ROWS": tile_rows,
             "TILE": min(tile.tokens, MAX_TILE_ELEMENTS // head_pad),
-            "HAS_RULE": rule is not None,
+            "NUM_SPANS": 0 if rule is None else rule.values.shape[2],
             "UPCAST": support.interpreted(),
         },
         num_warps=8 if tile_rows > 64 or head_size >= WIDE_HEAD_SIZE else 4,
@@ -165,7 +165,7 @@ def _paged_attention_kernel(
     STRIDE_VALUE_DIM: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    HAS_RULE: tl.constexpr,
+    NUM_SPANS: tl.constexpr,  # of a KV head; 0: no rule
     UPCAST: tl.constexpr,
 ):
     TILE_QUERIES: tl.constexpr = TILE_ROWS // GROUP
@@ -202,8 +202,9 @@ def _paged_attention_kernel(
 
     last_lane = last_position // BLOCK_SIZE * BLOCK_PAD + last_position % BLOCK_SIZE
     num_steps = last_lane // TILE + 1
-    if HAS_RULE:
-        span_ptr = spans_ptr + (row * tl.num_programs(1) + kv_head) * 4
+    if NUM_SPANS > 0:
+        spans = (row * tl.num_programs(1) + kv_head) * NUM_SPANS + tile_rows % GROUP % NUM_SPANS
+        span_ptr = spans_ptr + spans * 4  # [TILE_ROWS]
         sink_tokens = tl.load(span_ptr)
         floor_tokens = tl.load(span_ptr + 1)
         alpha_tokens = tl.load(span_ptr + 2)
@@ -213,11 +214,12 @@ def _paged_attention_kernel(
         # What a query sees first never falls, so the tile's first query bounds the gap: what
         # lies between the sinks and its span is hidden from every query of the tile.
         elastic = alpha_tokens + beta_64ths * (first_position + 1) // 64
-        tile_first_seen = first_position + 1 - tl.maximum(floor_tokens, elastic)
+        tile_first_seen = tl.min(first_position + 1 - tl.maximum(floor_tokens, elastic), axis=0)
+        most_sinks = tl.max(sink_tokens, axis=0)
         window_begin = tl.maximum(tile_first_seen, 0)
         window_lane = window_begin // BLOCK_SIZE * BLOCK_PAD + window_begin % BLOCK_SIZE
         # No more sinks than the tile's queries see, or the product could overflow.
-        seen_sinks = tl.minimum(sink_tokens, last_position + 1)
+        seen_sinks = tl.minimum(most_sinks, last_position + 1)
         sinks_end = seen_sinks // BLOCK_SIZE * BLOCK_PAD + seen_sinks % BLOCK_SIZE
         num_sink_steps = tl.minimum((sinks_end + TILE - 1) // TILE, num_steps)
         gap = tl.maximum(window_lane // TILE - num_sink_steps, 0)
@@ -232,7 +234,7 @@ def _paged_attention_kernel(
     value_head_ptr = value_ptr + kv_head * STRIDE_VALUE_HEAD
     for step in range(0, num_steps):
         tile = step
-        if HAS_RULE:
+        if NUM_SPANS > 0:
             tile = tl.where(step < num_sink_steps, step, step + gap)
         blocks = (tile * TILE + lanes) // BLOCK_PAD  # [TILE]
         offsets = (tile * TILE + lanes) % BLOCK_PAD
@@ -240,10 +242,10 @@ def _paged_attention_kernel(
         # Loaded is what at least one query of the tile sees: 0 * NaN would be NaN.
         token_mask = (offsets < BLOCK_SIZE) & (tokens <= last_position)
         visible = tokens[None, :] <= positions[:, None]  # [TILE_ROWS, TILE]
-        if HAS_RULE:
-            is_sink = tokens < sink_tokens
-            token_mask = token_mask & (is_sink | (tokens >= tile_first_seen))
-            visible = visible & (is_sink[None, :] | (tokens[None, :] >= first_seen[:, None]))
+        if NUM_SPANS > 0:
+            token_mask = token_mask & ((tokens < most_sinks) | (tokens >= tile_first_seen))
+            is_sink = tokens[None, :] < sink_tokens[:, None]
+            visible = visible & (is_sink | (tokens[None, :] >= first_seen[:, None]))
         visible = visible & token_mask[None, :]
 
         physical_blocks = tl.load(table_row_ptr + blocks, mask=token_mask, other=0).to(tl.int64)

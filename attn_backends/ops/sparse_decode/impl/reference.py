@@ -30,13 +30,15 @@ def run(
             logical_blocks = selection.logical_blocks[row, source, :count].long()
             physical_blocks = batch.block_table[row, logical_blocks].long()
             tokens = (logical_blocks[:, None] * block_size + offsets).flatten()
-            visible = tokens < seq_len
+            visible = (tokens < seq_len)[None]  # [1 or num_spans, num_selected]
             if rule is not None:
                 visible = visible & rule.sees(row, head, batch.seq_lens[row].long() - 1, tokens)
-            keys = key_cache[physical_blocks, head].flatten(0, 1)[visible].float()
-            values = value_cache[physical_blocks, head].flatten(0, 1)[visible].float()
+            seen = visible.any(dim=0)  # hidden tokens may hold anything
+            keys = key_cache[physical_blocks, head].flatten(0, 1)[seen].float()
+            values = value_cache[physical_blocks, head].flatten(0, 1)[seen].float()
             heads = slice(head * group, (head + 1) * group)
-            weights = (query[row, heads].float() @ keys.T * scale).softmax(dim=-1)
+            logits = query[row, heads].float() @ keys.T * scale
+            weights = logits.masked_fill(~visible[:, seen], -torch.inf).softmax(dim=-1)
             out[row, heads] = (weights @ values).to(out.dtype)
 
 

@@ -157,7 +157,7 @@ def _launches_of_rows(
             "GROUP_PAD": max(16, support.power_of_two(group)),  # tl.dot needs 16 rows
             "BLOCK_SIZE": block_size,
             **support.cache_strides(*caches),
-            "HAS_RULE": rule is not None,
+            "NUM_SPANS": 0 if rule is None else rule.values.shape[2],
             "UPCAST": support.interpreted(),
         },
         num_stages=tile.num_stages,
@@ -231,7 +231,7 @@ def _split_kernel(
     STRIDE_VALUE_HEAD: tl.constexpr,
     STRIDE_VALUE_TOKEN: tl.constexpr,
     STRIDE_VALUE_DIM: tl.constexpr,
-    HAS_RULE: tl.constexpr,
+    NUM_SPANS: tl.constexpr,  # of a KV head; 0: no rule
     UPCAST: tl.constexpr,
 ):
     # Rows times blocks, heads or splits overflow int32 in large caches.
@@ -262,11 +262,13 @@ def _split_kernel(
     )
     if UPCAST:  # the interpreter's bf16 dot is wrong
         query_tile = query_tile.to(tl.float32)
-    if HAS_RULE:
-        span_ptr = spans_ptr + (row * tl.num_programs(1) + kv_head) * 4
+    if NUM_SPANS > 0:
+        spans = (row * tl.num_programs(1) + kv_head) * NUM_SPANS + group_rows % NUM_SPANS
+        span_ptr = spans_ptr + spans * 4  # [GROUP_PAD]
         sink_tokens = tl.load(span_ptr)
         elastic = tl.load(span_ptr + 2) + tl.load(span_ptr + 3) * seq_len // 64
         first_seen = seq_len - tl.maximum(tl.load(span_ptr + 1), elastic)  # sinks apart
+        most_sinks, least_seen = tl.max(sink_tokens, axis=0), tl.min(first_seen, axis=0)
 
     lanes = tl.arange(0, TILE)
     table_row_ptr = block_table_ptr + row * stride_table_row
@@ -291,8 +293,8 @@ def _split_kernel(
             tokens = logical_blocks * BLOCK_SIZE + offsets
             # Masked at the load and not only in the logits: 0 * NaN would be NaN.
             token_mask = token_mask & (offsets < BLOCK_SIZE) & (tokens < seq_len)
-            if HAS_RULE:
-                token_mask = token_mask & ((tokens < sink_tokens) | (tokens >= first_seen))
+            if NUM_SPANS > 0:  # what some query head of the group sees
+                token_mask = token_mask & ((tokens < most_sinks) | (tokens >= least_seen))
             key_tile = tl.load(  # [HEAD_PAD, TILE]
                 key_head_ptr
                 + (physical_blocks * STRIDE_KEY_BLOCK + offsets * STRIDE_KEY_TOKEN)[None, :]
@@ -312,7 +314,11 @@ def _split_kernel(
                 value_tile = value_tile.to(tl.float32)
 
             logits = tl.dot(query_tile, key_tile, input_precision="ieee") * scale
-            logits = tl.where(token_mask[None, :], logits, float("-inf"))  # [GROUP_PAD, TILE]
+            visible = token_mask[None, :]
+            if NUM_SPANS > 1:
+                is_sink = tokens[None, :] < sink_tokens[:, None]
+                visible = visible & (is_sink | (tokens[None, :] >= first_seen[:, None]))
+            logits = tl.where(visible, logits, float("-inf"))  # [GROUP_PAD, TILE]
             new_max = tl.maximum(running_max, tl.max(logits, axis=1))
             # While the rule has hidden everything so far this is -inf, and -inf - -inf is NaN.
             safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
