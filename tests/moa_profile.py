@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -40,19 +41,20 @@ def write_profile(
 
 
 def write_rules(
-    path: Path, num_layers: int, num_query_heads: int, rule: tuple[float, float] = (0, 1)
+    path: Path, num_layers: int, num_query_heads: int, *rules: tuple[float, float]
 ) -> str:
-    """A file in MoA's published format, the same rule for every query head.
+    """A file in MoA's published format, the same in every layer.
 
     Args:
         path: of the file.
         num_layers: of the model.
         num_query_heads: of each layer.
-        rule: alpha in tokens and beta, a share; the default sees everything.
+        rules: alpha in tokens and beta, a share, of query heads by turns; none: all see everything.
 
     Returns:
         The path, as settings take it.
     """
-    alphas, betas = ([[value] * num_query_heads] * num_layers for value in rule)
+    heads = [*itertools.islice(itertools.cycle(rules or [(0, 1)]), num_query_heads)]
+    alphas, betas = ([list(values)] * num_layers for values in zip(*heads, strict=True))
     path.write_text(json.dumps({"alphas": alphas, "betas": betas}))
     return str(path)

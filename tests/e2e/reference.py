@@ -15,6 +15,8 @@ def masked_reference(
 ) -> list[tuple[list[int], list[float]]]:
     """Greedy token and its logprob at every generated position, by transformers.
 
+    ``sees`` may answer for each query head, in front.
+
     The generated tokens are forced, so one forward pass per prompt checks all steps; the
     mask is written out and knows nothing of blocks, chunks or caches.
     """
@@ -29,7 +31,8 @@ def masked_reference(
         row = torch.arange(ids.shape[1])[:, None]
         column = torch.arange(ids.shape[1])[None, :]
         visible = (column <= row) & sees(row, column)
-        mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+        mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+        mask = mask.view(1, -1, *mask.shape[-2:])
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask).logits[0, len(prompt) - 1 :]
         best = logits.log_softmax(-1).max(-1)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.e2e.engine import run_engine, small_engine, tokens_of
+from tests.e2e.reference import masked_reference
 from tests.moa_profile import FLOOR_TOKENS, SINK_TOKENS, write_profile, write_rules
 
 pytestmark = pytest.mark.e2e
@@ -113,8 +115,11 @@ def test_the_same_span_everywhere_is_sink_window(
 def test_published_rules_are_served(
     model_path: str, some_prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    """MoA's own uniform file, alpha 0 and beta 0.5: sinks are inside the span."""
-    rules = write_rules(tmp_path / "rules.json", LAYERS, QUERY_HEADS, (0, 0.5))
+    """Query heads of a group see what their own rules show, sinks inside; the KV head keeps all of
+    it. The yardstick knows of no KV heads.
+    """
+    published = ((0, 0.5), (300, 0.0), (-32, 0.25), (128, 0.125))
+    rules = write_rules(tmp_path / "rules.json", LAYERS, QUERY_HEADS, *published)
     job = {"prompts": some_prompts, "together": True, "max_tokens": NEW_TOKENS}
     runs = [
         run_engine(small_engine(model_path, "MOA", {"rules": rules} | settings, 400), [job])
@@ -122,5 +127,21 @@ def test_published_rules_are_served(
     ]
     evicting, keeping = (tokens_of(run["jobs"][0]) for run in runs)
     assert evicting == keeping
+
+    def sees(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Of each query head, ``[heads, rows, columns]``."""
+        heads = []
+        for head in range(QUERY_HEADS):
+            alpha, beta = published[head % len(published)]
+            elastic = alpha - 64 + int(64 * beta) * (row + 1) // 64
+            heads.append((column < 64) | (column > row - elastic.clamp_min(64)))
+        return torch.stack(heads)
+
+    answers = runs[0]["jobs"][0]
+    for (tokens, logprobs), answer in zip(
+        masked_reference(model_path, some_prompts, answers, sees), answers, strict=True
+    ):
+        assert answer["tokens"] == tokens
+        assert answer["logprobs"] == pytest.approx(logprobs, abs=2e-3)
     assert runs[0]["freed_blocks"][0] > 0
     assert runs[0]["lost_blocks"] == 0
