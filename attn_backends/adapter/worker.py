@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from attn_backends.adapter.audit import with_audit
-from attn_backends.adapter.compat import mend_expansion, unseeded_chunks
+from attn_backends.adapter.compat import unseeded_chunks
 from attn_backends.adapter.config import chosen_method, engine_facts, method_config
 from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.entries import policies_by_name
@@ -244,10 +244,11 @@ if current_platform.is_cpu():
                 with_audit(self.model_runner, config.audited_share, method.name)
             self._drafts = config.draft_tokens > 0
             if self._drafts:
+                from attn_backends.adapter.compat_sampling import mend_sampling
                 from attn_backends.adapter.proposer import SelfProposer
 
-                mend_expansion()
                 runner = self.model_runner
+                mend_sampling(runner)
                 runner.drafter = SelfProposer(self.vllm_config, self.device, runner)
 
         def load_model(self, *args: Any, **kwargs: Any) -> None:

@@ -255,7 +255,7 @@ def test_sampled_answers_have_stock_s_distribution(
     """The third token, which verification samples behind two accepted drafts or instead of one."""
     stats = pytest.importorskip("scipy.stats")
     sampled = {"temperature": 1.0, "n": 1, "logprobs": None} | params
-    num_answers = 1500
+    num_answers = 800
     job = _job([prompts[9][:192]] * num_answers, max_tokens=4, params=sampled)
     small = {"max_model_len": 256, "max_num_seqs": 64}
     counts = []
@@ -264,7 +264,7 @@ def test_sampled_answers_have_stock_s_distribution(
         third = [answer["tokens"][2] for answer in answers]
         counts.append({token: third.count(token) for token in set(third)})
     stock, ours = counts
-    common = [token for token, count in stock.items() if count + ours.get(token, 0) >= 20]
+    common = [token for token, count in stock.items() if count + ours.get(token, 0) >= 16]
     table = [[one.get(token, 0) for token in common] for one in counts]
     for row in table:
         row.append(num_answers - sum(row))  # all rare ones
