@@ -155,10 +155,10 @@ def test_a_published_file_is_read(tmp_path: Path) -> None:
 
 def test_rules_that_query_heads_share_are_their_kv_head_s(tmp_path: Path) -> None:
     """Each launch then reads one rule per KV head; where all see everything, none."""
-    betas = [[0.25] * 9, [1] * 9, *[[0.25] * 9] * 2]
+    betas = [[0.25] * 9, [1] * 9] * 2
     config = MoaConfig(rules=str(_published(tmp_path, [[0] * 9] * 4, betas)))
     schedule, window = METHOD.schedule(config, GEOMETRY), LayerRole.WINDOW
-    assert schedule.roles == (window, LayerRole.DENSE, window, window)
+    assert schedule.roles == (window, LayerRole.DENSE) * 2
     assert not schedule.query_spans
 
 
