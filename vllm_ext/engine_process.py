@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_backends.profile import read_model_config
+from attn_backends.checkpoint import read_model_config
 from vllm_ext.child import Child, Parent, quiet_environment
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from attn_backends.adapter.speculation import speculative_arguments
+from attn_backends.checkpoint import read_model_config
 from attn_backends.config import known_settings, parse_config
 from attn_backends.method import Geometry
 from attn_backends.methods import REGISTRY, load_method
-from attn_backends.profile import NoSectionError, read_model_config
+from attn_backends.profile import NoSectionError
 from kvcache.retention import KeepAll
 
 __all__ = ["REGISTRY", "check_settings", "frees_memory", "own_settings", "speculation"]

@@ -185,7 +185,6 @@ struct Rule {
     const int32_t* v = values + ((row * num_kv_heads + head) * num_spans + g % num_spans) * 4;
     return {v[0], v[1], v[2], v[3]};
   }
-
 };
 
 // What is hidden from all of these spans, at this position and at later ones: its memory may hold

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from attn_backends.profile import fingerprint
+from attn_backends.checkpoint import fingerprint
 from tests.e2e.engine import run_engine, tokens_of
 
 pytestmark = pytest.mark.e2e

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from attn_backends.checkpoint import fingerprint
 from attn_backends.config import ConfigError
 from attn_backends.method import Geometry, SparseMethod
 from attn_backends.methods import REGISTRY, load_method
@@ -18,14 +19,7 @@ from attn_backends.methods.sink_window import WindowSection
 from attn_backends.methods.tidal_decode import METHOD as TIDAL_DECODE
 from attn_backends.methods.tidal_decode import AnchorSection, TidalConfig
 from attn_backends.plan import LayerRole
-from attn_backends.profile import (
-    SHIPPED,
-    Profile,
-    fingerprint,
-    load_profile,
-    require_fit,
-    shipped_profile,
-)
+from attn_backends.profile import SHIPPED, Profile, load_profile, require_fit, shipped_profile
 from kvcache.retention import KeepAll
 from kvcache.spans import Span, everything
 from tests.batches import SIX_LAYERS

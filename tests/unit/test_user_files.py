@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from attn_backends.checkpoint import fingerprint
 from attn_backends.config import ConfigError
 from attn_backends.methods import REGISTRY, load_method
-from attn_backends.profile import fingerprint, load_profile, shipped_profile
+from attn_backends.profile import load_profile, shipped_profile
 from tests.profiles import HEADER, PROFILE, SECTIONS
 from vllm_ext.calibration.state import SavedState
 from vllm_ext.cli.policy_file import read_policy

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from attn_backends.profile import read_model_config
+from attn_backends.checkpoint import read_model_config
 from vllm_ext.bench.decode import STOCK
 from vllm_ext.bench.machine import machine
 from vllm_ext.child import Child, Parent, quiet_environment

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from attn_backends.checkpoint import fingerprint, read_model_config
 from attn_backends.methods import REGISTRY, load_method
-from attn_backends.profile import SCHEMA_VERSION, Profile, fingerprint, read_model_config
+from attn_backends.profile import SCHEMA_VERSION, Profile
 from vllm_ext.errors import UserError
 
 DEFAULT_DENSE_LAYERS = (0,)

@@ -14,19 +14,14 @@ from typing import Any
 import torch
 
 from attn_backends.budget_config import BudgetConfig
+from attn_backends.checkpoint import fingerprint, read_model_config
 from attn_backends.findings import Findings
 from attn_backends.methods.sink_window import METHOD as SINK_WINDOW
 from attn_backends.methods.sink_window import WindowSection
 from attn_backends.methods.tidal_decode import METHOD as TIDAL_DECODE
 from attn_backends.methods.tidal_decode import AnchorSection
 from attn_backends.plan import LayerSchedule
-from attn_backends.profile import (
-    SCHEMA_VERSION,
-    Profile,
-    fingerprint,
-    load_profile,
-    read_model_config,
-)
+from attn_backends.profile import SCHEMA_VERSION, Profile, load_profile
 from vllm_ext.calibration import report, search
 from vllm_ext.calibration.data import Sizes, make_examples
 from vllm_ext.calibration.layer_similarity import least_important

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from attn_backends.checkpoint import fingerprint, read_model_config
 from attn_backends.methods.moa import METHOD as MOA
 from attn_backends.methods.moa import HeadSpans
-from attn_backends.profile import SCHEMA_VERSION, Profile, fingerprint, read_model_config
+from attn_backends.profile import SCHEMA_VERSION, Profile
 from kvcache.spans import BETA_UNIT, Span
 from vllm_ext.calibration.assignment import (
     Program,

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attn_backends.profile import fingerprint, read_model_config
+from attn_backends.checkpoint import fingerprint, read_model_config
 from kvcache.spans import Span
 from vllm_ext.calibration.data import corpora, require_long_enough
 from vllm_ext.calibration.flux_tables import Table, TableMaker

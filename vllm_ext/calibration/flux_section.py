@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from attn_backends.checkpoint import fingerprint, read_model_config
 from attn_backends.methods.flux import METHOD as FLUX
 from attn_backends.methods.flux import FluxSection
-from attn_backends.profile import SCHEMA_VERSION, Profile, fingerprint, read_model_config
+from attn_backends.profile import SCHEMA_VERSION, Profile
 from vllm_ext.calibration.flux import FluxSettings, Found
 from vllm_ext.calibration.layer_splits import static_layers
 from vllm_ext.calibration.routed_attention import EVIDENCE_QUERIES

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from attn_backends.checkpoint import read_model_config
 from attn_backends.config import settings_of
 from attn_backends.methods import REGISTRY, load_method
-from attn_backends.profile import read_model_config
 from vllm_ext.bench import capacity, decode, decode_report, kernel, kernel_report, shapes, workloads
 from vllm_ext.bench.arms import freeing_arms
 from vllm_ext.bench.cases import OPS

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from attn_backends.checkpoint import read_model_config
 from attn_backends.method import Purpose
 from attn_backends.methods import REGISTRY, compared_methods
-from attn_backends.profile import read_model_config
 from vllm_ext.bench.machine import machine
 from vllm_ext.cli.flags import add_dtype_flag, add_setting_flags, setting_fields
 from vllm_ext.errors import UserError

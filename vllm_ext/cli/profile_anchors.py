@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from attn_backends.profile import Profile, fingerprint
+from attn_backends.checkpoint import fingerprint
+from attn_backends.profile import Profile
 from vllm_ext.calibration import report
 from vllm_ext.calibration.anchors import FORCED_TOKENS, AnchorSettings, calibrate, check
 from vllm_ext.calibration.state import SavedState

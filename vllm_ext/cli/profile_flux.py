@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
+from attn_backends.checkpoint import fingerprint
 from attn_backends.methods.flux import METHOD as FLUX
-from attn_backends.profile import fingerprint
 from vllm_ext.calibration import flux_report
 from vllm_ext.calibration.flux import Calibration, FluxSettings
 from vllm_ext.calibration.flux_section import ROUTER_CHOICES, decided, flux_profile

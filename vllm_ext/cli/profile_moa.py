@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 
+from attn_backends.checkpoint import fingerprint
 from attn_backends.methods.moa import METHOD as MOA
-from attn_backends.profile import fingerprint
 from vllm_ext.calibration import elastic_report
 from vllm_ext.calibration.elastic import Calibration, ElasticSettings
 from vllm_ext.calibration.state import SavedState
