@@ -44,7 +44,9 @@ def run_engine(
         UserError: the engine failed; the message ends with its log.
         TimeoutError: no answer within 25 minutes.
     """
-    changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TRITON_INTERPRET": None, **(env or {})}
+    changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TRITON_INTERPRET": None}
+    # Nothing is timed: the engine takes the core that vLLM leaves to its server, too.
+    changes |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **(env or {})}
     with Child("engine", "tests.e2e.engine", quiet_environment(changes), ROOT) as child:
         answer: dict[str, Any] = child.ask(
             {"engine": engine, "jobs": jobs, "registry": registry or {}, "known": known},

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -14,6 +15,8 @@ import pytest
 from tests.e2e.server import COMMAND, KEY, Server, environment, free_port, running_server
 
 pytestmark = pytest.mark.e2e
+
+AT_ONCE = 2  # commands, of a gigabyte each
 
 
 @pytest.fixture(scope="module")
@@ -129,47 +132,55 @@ def test_it_listens_on_loopback_and_prints_a_curl_line(server: Server) -> None:
     assert KEY not in log.split("vllm-ext: ready on")[1].split("\n\n")[1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        pytest.param(["--port", "PORT"], ["another --port"], id="second-server"),
-        pytest.param(["--windw-tokens", "5"], ["--windw-tokens", "--window-tokens"], id="typo"),
-        pytest.param(
-            ["--attention-backend", "NOPE"], ["NOPE", "SINK_WINDOW"], id="unknown-backend"
-        ),
-        pytest.param(
-            ["--attention-backend", "SINK_WINDOW", "--kv-cache-dtype", "fp8"],
-            ["does not support", "fp8", "--no-strict"],
-            id="fp8-kv",
-        ),
-        pytest.param(
-            ["--attention-backend", "SINK_WINDOW", "--window-tokens", "48", "--block-size", "64"],
-            ["window_tokens is 48", "block of 64"],
-            id="window-below-a-block",
-        ),
-        pytest.param(
-            ["--attention-backend", "TIDAL_DECODE", "--profile", "gone.json"],
-            ["gone.json", "cannot be read"],
-            id="missing-profile",
-        ),
-    ],
-)
+# Flags, and words of the message that they end in.
+MISTAKES = {
+    "second-server": (["--port", "PORT"], ["another --port"]),
+    "typo": (["--windw-tokens", "5"], ["--windw-tokens", "--window-tokens"]),
+    "unknown-backend": (["--attention-backend", "NOPE"], ["NOPE", "SINK_WINDOW"]),
+    "fp8-kv": (
+        ["--attention-backend", "SINK_WINDOW", "--kv-cache-dtype", "fp8"],
+        ["does not support", "fp8", "--no-strict"],
+    ),
+    "window-below-a-block": (
+        ["--attention-backend", "SINK_WINDOW", "--window-tokens", "48", "--block-size", "64"],
+        ["window_tokens is 48", "block of 64"],
+    ),
+    "missing-profile": (
+        ["--attention-backend", "TIDAL_DECODE", "--profile", "gone.json"],
+        ["gone.json", "cannot be read"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(server: Server, model_path: str) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What commands with mistakes said; all at once, since each takes some seconds to say it."""
+
+    def run(flags: list[str]) -> subprocess.CompletedProcess[str]:
+        flags = [str(server.port) if flag == "PORT" else flag for flag in flags]
+        if "--port" not in flags:
+            flags = ["--port", str(free_port()), *flags]
+        return subprocess.run(
+            [*COMMAND, model_path, *flags],
+            env=environment() | {"VLLM_LOGGING_LEVEL": "ERROR"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        done = pool.map(run, [flags for flags, _ in MISTAKES.values()])
+        return dict(zip(MISTAKES, done, strict=True))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_end_in_a_short_error(
-    server: Server, model_path: str, flags: list[str], words: list[str]
+    mistaken: dict[str, subprocess.CompletedProcess[str]], mistake: str
 ) -> None:
-    flags = [str(server.port) if flag == "PORT" else flag for flag in flags]
-    if "--port" not in flags:
-        flags = ["--port", str(free_port()), *flags]
-    done = subprocess.run(
-        [*COMMAND, model_path, *flags],
-        env=environment() | {"VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = mistaken[mistake]
     assert done.returncode == 2
     message = next(line for line in done.stderr.splitlines() if "error:" in line)
-    for word in words:
+    for word in MISTAKES[mistake][1]:
         assert word in message
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) < 25
