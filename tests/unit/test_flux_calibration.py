@@ -26,7 +26,13 @@ from vllm_ext.calibration.joint_routing import Depths, fit_depths
 from vllm_ext.calibration.layer_splits import splits, static_layers, unit_layers
 from vllm_ext.calibration.routed import RoutedModel
 from vllm_ext.calibration.routed_prompts import RoutedPrompt, make_prompts
-from vllm_ext.calibration.routers import Measured, RouterFits
+from vllm_ext.calibration.routers import (
+    FAR_KL,
+    RETRIEVAL,
+    RETRIEVAL_WEIGHT,
+    Measured,
+    RouterFits,
+)
 from vllm_ext.calibration.routing_fit import prefix_masks
 from vllm_ext.calibration.routing_outcomes import Variants
 from vllm_ext.calibration.state import SavedState
@@ -104,6 +110,20 @@ def test_a_depth_that_costs_too_much_is_not_bought() -> None:
     for fit in range(2):
         is_full = features @ weights[fit, :, 0] + bias[fit, 0] > 0
         assert (is_full == (features[:, 1] > 0)).mean() > 0.8
+
+
+def test_a_divergence_costs_more_where_a_key_is_asked_for() -> None:
+    found = _found().held_out
+    kl = np.full_like(found.variants.kl, 0.02)
+    hits = np.full_like(kl, np.nan)
+    hits[found.kinds == RETRIEVAL] = 1
+    hits[RETRIEVAL, 0] = 0  # the first layers alone lose this prompt's key
+    found = replace(found, variants=replace(found.variants, kl=kl, hits=hits))
+    lost, kept, plain = found.costs([0, LAYERS])[[RETRIEVAL, RETRIEVAL + 3, RETRIEVAL + 1], 0]
+    assert kept == pytest.approx(RETRIEVAL_WEIGHT * plain)
+    assert lost == pytest.approx(kept + RETRIEVAL_WEIGHT * FAR_KL)
+    outcome = found.variants.pick(np.zeros(60, int))
+    assert found.costs_of(outcome) == pytest.approx(found.costs([0])[:, 0])
 
 
 def test_the_file_says_what_was_fitted(tmp_path: Path) -> None:

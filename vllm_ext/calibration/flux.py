@@ -67,7 +67,7 @@ class FluxSettings:
     """
 
     model: Path
-    share: float = 0.4
+    share: float = 0.46
     context_tokens: int = 4096
     prompts: int = 90
     order_prompts: int = 18

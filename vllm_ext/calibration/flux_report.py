@@ -11,6 +11,7 @@ import numpy as np
 from vllm_ext.calibration.flux import FluxSettings, Found
 from vllm_ext.calibration.flux_section import Decision, served_static
 from vllm_ext.calibration.routed_prompts import KINDS
+from vllm_ext.calibration.routers import RETRIEVAL_WEIGHT
 from vllm_ext.calibration.routing_fit import interval, oracle_depths
 from vllm_ext.calibration.routing_outcomes import Outcome, by_kind, interval_text, mean_known
 from vllm_ext.plotting import pyplot_if_installed
@@ -182,7 +183,8 @@ def _routers(found: Found) -> list[str]:
         f"Evidence is read in layers {_named(router.witnesses)}.",
         "",
         "How they were fitted, by folds of the fitted prompts; the first is the router above. "
-        "*Joint*: all groups together, by the KL that their depths leave at the share; "
+        "*Joint*: all groups together, by the KL that their depths leave at the share, "
+        f"{RETRIEVAL_WEIGHT:g} times where keys are asked for; "
         "*logistic*: each group by whether its absence is seen in the answer.",
         "",
         "| fit | always full, routed | share | KL in folds | static at that share |",

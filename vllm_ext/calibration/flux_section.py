@@ -16,7 +16,7 @@ from attn_backends.profile import SCHEMA_VERSION, Profile
 from vllm_ext.calibration.flux import FluxSettings, Found
 from vllm_ext.calibration.layer_splits import static_layers
 from vllm_ext.calibration.routed_attention import EVIDENCE_QUERIES
-from vllm_ext.calibration.routers import Router
+from vllm_ext.calibration.routers import RETRIEVAL_WEIGHT, Router
 from vllm_ext.calibration.routing_fit import interval
 from vllm_ext.calibration.routing_outcomes import Outcome, by_kind, mean_known
 
@@ -46,12 +46,13 @@ def decided(found: Found, choice: str) -> Decision:
     """
     if not found.fits:
         return Decision(False, f"{len(found.order)} layers make too few equal groups to route")
-    change = found.routed.kl - found.static.kl
+    judges = found.held_out
+    change = judges.costs_of(found.routed) - judges.costs_of(found.static)
     low, high = interval(change)
     text = (
-        f"on {len(change)} held-out prompts the router's KL is {change.mean():+.4f} from that of "
-        f"the best layers for all requests at the same share of {found.routed.share.mean():.2f}, "
-        f"95% interval {low:+.4f} to {high:+.4f}"
+        f"on {len(change)} held-out prompts the router's KL, {RETRIEVAL_WEIGHT:g} times where keys "
+        f"are asked for, is {change.mean():+.4f} from that of the best layers for all requests at "
+        f"the same share of {found.routed.share.mean():.2f}, 95% interval {low:+.4f} to {high:+.4f}"
     )
     if choice != "auto":
         return Decision(choice == "always", f"--router {choice}; {text}")
