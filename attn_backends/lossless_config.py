@@ -45,11 +45,6 @@ class LosslessConfig(MethodConfig):
     def check(self, engine: EngineFacts) -> None:
         """See ``MethodConfig.check``."""
         super().check(engine)
-        if self.is_lossless and engine.device_type != "cpu":
-            raise SettingError(
-                "lossless_tokens",
-                f"is {self.lossless_tokens}, but drafts have not run on a GPU yet; set it to 0",
-            )
         if self.is_lossless and engine.num_workers > 1:
             raise SettingError(
                 "lossless_tokens",

@@ -133,7 +133,7 @@ def unsupported_reasons(
     return [
         *_model_reasons(vllm_config.model_config),
         *_engine_reasons(vllm_config, device_type),
-        *speculation_reasons(vllm_config, draft_tokens),
+        *speculation_reasons(vllm_config, device_type, draft_tokens),
     ]
 
 

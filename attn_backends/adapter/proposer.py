@@ -181,17 +181,3 @@ class SelfProposer(DraftModelProposer):
             if own_probs is not None:
                 probs.append(own_probs)
         return torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None
-
-
-def require_own_drafter(runner: Any) -> None:
-    """Asked once the model is loaded: another drafter would hold a second copy of the weights.
-
-    Raises:
-        RuntimeError: the runner drafts with something else.
-    """
-    drafter = runner.drafter
-    if not isinstance(drafter, SelfProposer) or drafter.model is not runner.model:
-        raise RuntimeError(
-            f"vLLM's runner drafts with {type(drafter).__name__}, not with the served model: "
-            "lossless_tokens does not work with this release of vLLM"
-        )

@@ -30,11 +30,12 @@ def speculative_arguments(model: str, num_tokens: int) -> dict[str, Any]:
     }
 
 
-def speculation_reasons(vllm_config: VllmConfig, draft_tokens: int) -> list[str]:
+def speculation_reasons(vllm_config: VllmConfig, device_type: str, draft_tokens: int) -> list[str]:
     """Why drafts of ours cannot be verified, or vLLM's own speculative decoding not be served.
 
     Args:
         vllm_config: complete.
+        device_type: ``cpu`` or ``cuda``.
         draft_tokens: of a step, as our settings have it; 0: none.
     """
     speculation: Any = vllm_config.speculative_config
@@ -45,7 +46,10 @@ def speculation_reasons(vllm_config: VllmConfig, draft_tokens: int) -> list[str]
     if speculation is None:
         arguments = json.dumps(speculative_arguments(vllm_config.model_config.model, draft_tokens))
         return [f"lossless_tokens without vLLM's --speculative-config '{arguments}'"]
-    return [*_foreign_settings(vllm_config, speculation, draft_tokens), *_untried(vllm_config)]
+    return [
+        *_foreign_settings(vllm_config, speculation, draft_tokens),
+        *_untried(vllm_config, device_type),
+    ]
 
 
 def _foreign_settings(vllm_config: VllmConfig, speculation: Any, draft_tokens: int) -> list[str]:
@@ -75,10 +79,15 @@ def _foreign_settings(vllm_config: VllmConfig, speculation: Any, draft_tokens: i
     return reasons
 
 
-def _untried(vllm_config: VllmConfig) -> list[str]:
+def _untried(vllm_config: VllmConfig, device_type: str) -> list[str]:
     """What drafts have not been tried with, or cannot be right with."""
     parallel: Any = vllm_config.parallel_config
     checks = [
+        (
+            device_type != "cpu" and not vllm_config.use_v2_model_runner,
+            "vLLM's V1 model runner on GPUs with --lossless-tokens "
+            "(set VLLM_USE_V2_MODEL_RUNNER=1)",
+        ),
         (vllm_config.lora_config is not None, "--enable-lora with --lossless-tokens"),
         (parallel.data_parallel_size > 1, "--data-parallel-size with --lossless-tokens (use 1)"),
         (
@@ -87,3 +96,20 @@ def _untried(vllm_config: VllmConfig) -> list[str]:
         ),
     ]
     return [reason for failed, reason in checks if failed]
+
+
+def require_own_drafter(drafter: Any, model: Any) -> None:
+    """Asked once the model is loaded: another drafter would hold a second copy of the weights.
+
+    Args:
+        drafter: that the runner would ask.
+        model: that is served.
+
+    Raises:
+        RuntimeError: it drafts with something else.
+    """
+    if getattr(drafter, "model", None) is not model:
+        raise RuntimeError(
+            f"vLLM's runner drafts with {type(drafter).__name__}, not with the served model: "
+            "lossless_tokens does not work with this release of vLLM"
+        )

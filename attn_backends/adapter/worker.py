@@ -19,6 +19,7 @@ from attn_backends.adapter.dropping import unallocated
 from attn_backends.adapter.entries import policies_by_name
 from attn_backends.adapter.planning import head_tables_of, selectors_of, take_routes
 from attn_backends.adapter.requests import BOOK, RowIds
+from attn_backends.adapter.speculation import require_own_drafter
 from attn_backends.adapter.warming import unbind_caches, warm_up_builders
 from attn_backends.config import ConfigError
 from kvcache.adapter.concurrency import Concurrency, concurrency
@@ -160,7 +161,7 @@ def row_ids_of(runner: Any) -> RowIds:
     Args:
         runner: vLLM's V1 or V2 model runner.
     """
-    if not hasattr(runner, "req_states"):
+    if not _is_v2(runner):
         return lambda places: _at(places, runner.input_batch.req_ids)
     names: Mapping[int, str] = runner.req_states.index_to_req_id
 
@@ -174,8 +175,58 @@ def row_ids_of(runner: Any) -> RowIds:
     return by_place
 
 
+def _is_v2(runner: Any) -> bool:
+    return hasattr(runner, "req_states")
+
+
 def _at(places: Sequence[int] | None, ids: Sequence[str]) -> Sequence[str | None]:
     return ids if places is None else [ids[place] for place in places]
+
+
+class DraftingWorker:
+    """Put before ``RetainingWorker``: where rows draft, the served model is the drafter."""
+
+    vllm_config: VllmConfig
+    device: torch.device
+    model_runner: Any
+    _drafts = False
+
+    def init_device(self) -> None:
+        """See ``Worker.init_device``."""
+        stock: Any = super()
+        stock.init_device()
+        method = chosen_method(self.vllm_config)
+        if method is None or not method_config(self.vllm_config, method).draft_tokens:
+            return
+        self._drafts = True
+        runner = self.model_runner
+        if _is_v2(runner):
+            from attn_backends.adapter.speculator import SelfSpeculator
+
+            logger.warning(
+                "lossless_tokens on vLLM's V2 runner: neither drafts nor what verifies them have "
+                "CUDA graphs, and whether that pays on a GPU has not been measured"
+            )
+            runner.speculator = SelfSpeculator(self.vllm_config, self.device)
+        else:
+            from attn_backends.adapter.compat_sampling import mend_sampling
+            from attn_backends.adapter.proposer import SelfProposer
+
+            mend_sampling(runner)
+            runner.drafter = SelfProposer(self.vllm_config, self.device, runner)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """See ``Worker.load_model``.
+
+        Raises:
+            RuntimeError: vLLM loaded another drafter than ours.
+        """
+        stock: Any = super()
+        stock.load_model(*args, **kwargs)
+        if self._drafts:
+            runner = self.model_runner
+            drafter = runner.speculator if _is_v2(runner) else runner.drafter
+            require_own_drafter(drafter, runner.model)
 
 
 class ReadyBeforeServing:
@@ -228,10 +279,8 @@ if current_platform.is_cpu():
             with unseeded_chunks(self.model_runner):
                 return super().sample_tokens(grammar_output)
 
-    class ExtCPUWorker(RetainingWorker, MendedCPUWorker):
-        """Audits and drafts, too."""
-
-        _drafts = False
+    class ExtCPUWorker(DraftingWorker, RetainingWorker, MendedCPUWorker):
+        """Audits, too."""
 
         def init_device(self) -> None:
             """See ``CPUWorker.init_device``."""
@@ -242,28 +291,10 @@ if current_platform.is_cpu():
             config = method_config(self.vllm_config, method)
             if config.audited_share:
                 with_audit(self.model_runner, config.audited_share, method.name)
-            self._drafts = config.draft_tokens > 0
-            if self._drafts:
-                from attn_backends.adapter.compat_sampling import mend_sampling
-                from attn_backends.adapter.proposer import SelfProposer
-
-                runner = self.model_runner
-                mend_sampling(runner)
-                runner.drafter = SelfProposer(self.vllm_config, self.device, runner)
-
-        def load_model(self, *args: Any, **kwargs: Any) -> None:
-            """See ``Worker.load_model``.
-
-            Raises:
-                RuntimeError: vLLM loaded another drafter than ours.
-            """
-            super().load_model(*args, **kwargs)
-            if self._drafts:
-                from attn_backends.adapter.proposer import require_own_drafter
-
-                require_own_drafter(self.model_runner)
 
 else:
 
-    class ExtGPUWorker(ReadyBeforeServing, RetainingWorker, _builtin):  # type: ignore[misc]
-        """Retention, the request book, and all that is ready before serving."""
+    class ExtGPUWorker(  # type: ignore[misc]
+        ReadyBeforeServing, DraftingWorker, RetainingWorker, _builtin
+    ):
+        """Retention, the request book, own drafts, and all that is ready before serving."""

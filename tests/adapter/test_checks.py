@@ -135,6 +135,13 @@ def test_our_own_speculative_settings_are_taken() -> None:
     assert unsupported_reasons(_vllm_config(engine=engine), "cpu", draft_tokens=3) == []
 
 
+@pytest.mark.parametrize("is_v2", [True, False])
+def test_drafts_on_gpus_need_the_second_runner(is_v2: bool) -> None:
+    engine = {"speculative_config": _speculation(), "use_v2_model_runner": is_v2}
+    reasons = unsupported_reasons(_vllm_config(engine=engine), "cuda", draft_tokens=3)
+    assert ["VLLM_USE_V2_MODEL_RUNNER=1" in reason for reason in reasons] == [True] * (not is_v2)
+
+
 def test_drafts_need_vllm_s_speculative_decoding() -> None:
     (reason,) = unsupported_reasons(_vllm_config(), "cpu", draft_tokens=3)
     arguments = json.dumps(speculative_arguments("models/one", 3))

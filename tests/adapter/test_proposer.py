@@ -15,9 +15,12 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from attn_backends.adapter import proposer
-from attn_backends.adapter.proposer import SelfProposer, require_own_drafter
+from attn_backends.adapter.proposer import SelfProposer
+from attn_backends.adapter.speculation import require_own_drafter
+from attn_backends.adapter.speculator import SelfSpeculator
 
 BLOCK = 32
 LENGTHS = [70, 40, 95]  # with the tokens that were rejected
@@ -119,7 +122,17 @@ def test_another_drafter_ends_the_start() -> None:
     model = torch.nn.Identity()
     own: Any = SelfProposer.__new__(SelfProposer)
     own.__dict__["model"] = model
-    require_own_drafter(SimpleNamespace(drafter=own, model=model))
+    require_own_drafter(own, model)
     for drafter, served in ((own, torch.nn.Identity()), (object(), model)):
         with pytest.raises(RuntimeError, match="not with the served model"):
-            require_own_drafter(SimpleNamespace(drafter=drafter, model=served))
+            require_own_drafter(drafter, served)
+
+
+def test_the_other_runner_asks_as_this_release_does() -> None:
+    """The same of ``SelfSpeculator`` on V2."""
+    asked = inspect.signature(DraftModelSpeculator.propose).parameters
+    ours = inspect.signature(SelfSpeculator.propose).parameters
+    assert {name for name, one in ours.items() if one.kind is not one.VAR_KEYWORD} <= set(asked)
+    for name in ("load_draft_model", "set_attn", "init_cudagraph_manager", "capture"):
+        theirs = inspect.signature(getattr(DraftModelSpeculator, name)).parameters
+        assert list(inspect.signature(getattr(SelfSpeculator, name)).parameters) == list(theirs)

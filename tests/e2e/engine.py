@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.v2_runner import ENVIRONMENT, use_v2_runner
 from vllm_ext.child import Child, Parent, quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +18,7 @@ def run_engine(
     env: dict[str, str] | None = None,
     registry: dict[str, str] | None = None,
     known: dict[str, Any] | None = None,
+    v2: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Starts an engine, runs jobs in order, stops it.
 
@@ -30,15 +32,17 @@ def run_engine(
         env: additions to the environment.
         registry: methods that stand in the registry besides ours.
         known: see ``known_drafts.replace_drafts``; None: drafts are the drafter's.
+        v2: see ``v2_runner.use_v2_runner``; None: the runner that vLLM has on CPUs.
 
     Returns:
         ``{"jobs": [[{"tokens": [...], "logprobs": [[id, logprob], ...]}]], "rows": {...},
         "preemptions": n, "prefix_hits": tokens, "freed_blocks": [by KV group], "num_blocks": n,
-        "lost_blocks": n, "figures": {...}, "routes": [[by prompt] by job], "drafts": {...}}`` with
-        the logprob of each token; ``num_blocks`` is the size of the KV pool, ``lost_blocks`` what
-        of it is not free in the end, ``figures`` all other figures of ours by name and the last of
-        their labels, ``routes`` what the scheduler learned of each request, null where nothing,
-        ``drafts`` vLLM's own figures of speculative decoding.
+        "lost_blocks": n, "figures": {...}, "routes": [[by prompt] by job], "drafts": {...},
+        "is_async": bool}`` with the logprob of each token; ``num_blocks`` is the size of the KV
+        pool, ``lost_blocks`` what of it is not free in the end, ``figures`` all other figures of
+        ours by name and the last of their labels, ``routes`` what the scheduler learned of each
+        request, null where nothing, ``drafts`` vLLM's own figures of speculative decoding,
+        ``is_async`` how steps were scheduled.
 
     Raises:
         UserError: the engine failed; the message ends with its log.
@@ -47,9 +51,10 @@ def run_engine(
     changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TRITON_INTERPRET": None}
     # Nothing is timed: the engine takes the core that vLLM leaves to its server, too.
     changes |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **(env or {})}
+    changes |= ENVIRONMENT if v2 else {}
     with Child("engine", "tests.e2e.engine", quiet_environment(changes), ROOT) as child:
         answer: dict[str, Any] = child.ask(
-            {"engine": engine, "jobs": jobs, "registry": registry or {}, "known": known},
+            {"engine": engine, "jobs": jobs, "registry": registry or {}, "known": known, "v2": v2},
             limit_s=1500,
         )
     return answer
@@ -235,6 +240,8 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     from attn_backends.methods import REGISTRY
 
     REGISTRY.update(spec["registry"])  # before vLLM asks for plugins
+    if spec["v2"] is not None:
+        use_v2_runner(**spec["v2"])
     from vllm import LLM
 
     if spec["known"] is not None:
@@ -260,6 +267,7 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     num_held = num_blocks - 1 - managers.block_pool.get_num_free_blocks()  # one is the null block
     result |= {"num_blocks": num_blocks, "lost_blocks": num_held}
+    result["is_async"] = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
     llm.llm_engine.engine_core.shutdown()
     return result
 

@@ -30,7 +30,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "chunks-of-64": ({"max_num_batched_tokens": 64}, {"abort_at": [12], "preempt_at": [60]}),
     "chunks-of-2048": ({"max_num_batched_tokens": 2048}, {"preempt_at": [20]}),
     "no-prefix-cache": ({"enable_prefix_caching": False}, {"preempt_at": [6, 30]}),
-    "async-scheduling": ({"async_scheduling": True}, {}),
 }
 
 

@@ -129,6 +129,27 @@ def test_routes_and_answers_are_the_same_whatever_happens(
         assert run["preemptions"] > 0
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["in-step", "asynchronous"])
+def test_they_are_the_same_on_the_runner_of_gpus(
+    is_async: bool,
+    model_path: str,
+    routed: tuple[str, list[int]],
+    job: dict[str, Any],
+    kept: list[dict[str, Any]],
+) -> None:
+    """Scheduled asynchronously, a step is planned before the last one's routes are known."""
+    profile, routes = routed
+    engine = small_engine(model_path, "FLUX", {"profile": profile}, 200)
+    run = run_engine(engine, [job | {"preempt_at": [20]}, job], v2={"is_async": is_async})
+    assert run["routes"] == [routes, routes]
+    for answers in run["jobs"]:
+        assert tokens_of(answers) == tokens_of(kept)
+    assert sum(freed > 0 for freed in run["freed_blocks"]) == 4
+    assert run["lost_blocks"] == 0
+    assert run["preemptions"] > 0
+    assert run["is_async"] is is_async
+
+
 def test_forced_routes_are_stock_vllm_and_layers_that_are_always_narrowed(
     model_path: str, job: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -136,6 +136,30 @@ def test_scheduling_does_not_change_answers(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_async", [False, True], ids=["in-step", "asynchronous"])
+def test_the_runner_of_gpus_gives_the_same_answers(
+    model_path: str, prompts: list[list[int]], is_async: bool
+) -> None:
+    """Prompts of 33 to 800 tokens, in chunks; the second time from the prefix cache. There, drafts
+    are made before anybody knows which of the last ones were right.
+    """
+    chosen = [prompts[i] for i in (4, 9, 11, 12)]
+    small = {"max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20}
+    small |= {"max_num_batched_tokens": 256, "max_num_seqs": 4}
+    job = _job(chosen)
+    stock = run_engine(_engine(model_path, 0, **small), [job], STOCK)["jobs"][0]
+    answer = run_engine(_engine(model_path, 3, **small), [job, job], v2={"is_async": is_async})
+    assert answer["is_async"] is is_async
+    for got in answer["jobs"]:
+        _assert_same(got, stock)
+    drafts, figures = answer["drafts"], answer["figures"]
+    assert drafts["draft_tokens"] // 2 < drafts["accepted_tokens"] < drafts["draft_tokens"]
+    assert figures["vllm_ext:draft_rows|selected"] > 0
+    assert answer["rows"] == {}, "sparse rows answered"
+    assert answer["lost_blocks"] == 0
+
+
+@pytest.mark.slow
 def test_preemption_does_not_change_answers(model_path: str, prompts: list[list[int]]) -> None:
     """Four prompts of 25 full blocks in a pool of 103; what runs in a step is preempted."""
     parts = [prompts[-1][start : start + 800] for start in (0, 700, 1400, 2100)]

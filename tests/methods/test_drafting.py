@@ -186,16 +186,10 @@ def test_each_setting_that_drafts_would_not_honour_is_named(
         parse_config(config_cls, {"lossless_tokens": 3, **settings}, method)
 
 
-@pytest.mark.parametrize(
-    ("facts", "words"),
-    [
-        (EngineFacts("cuda", 32, 1), "drafts have not run on a GPU yet"),
-        (EngineFacts("cpu", 32, 2), "2 workers of a replica"),
-    ],
-)
-def test_engines_that_have_not_drafted_are_refused(facts: EngineFacts, words: str) -> None:
+def test_engines_that_have_not_drafted_are_refused() -> None:
+    facts = EngineFacts("cpu", 32, 2)
     BudgetConfig().check(facts)
-    with pytest.raises(SettingError, match=words):
+    with pytest.raises(SettingError, match="2 workers of a replica"):
         BudgetConfig(lossless_tokens=3).check(facts)
 
 
