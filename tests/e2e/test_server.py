@@ -154,7 +154,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistaken(server: Server, model_path: str) -> dict[str, subprocess.CompletedProcess[str]]:
-    """What commands with mistakes said; all at once, since each takes some seconds to say it."""
+    """What commands with mistakes said; some at a time, since each takes seconds to say it."""
 
     def run(flags: list[str]) -> subprocess.CompletedProcess[str]:
         flags = [str(server.port) if flag == "PORT" else flag for flag in flags]
