@@ -16,7 +16,7 @@ import pytest
 from deploy.chaos.fuzz_adapter import make_adapter
 from tests.e2e.server import Server, running_server
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # what is mended has tests in tests/adapter, too
 
 CHUNK_TOKENS = 256
 # float32: batching does not move near ties, so answers can be compared.
