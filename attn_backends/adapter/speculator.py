@@ -108,14 +108,16 @@ class SelfSpeculator(DraftModelSpeculator):
             return drafts
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds)
         is_drafting = num_sampled[:num_reqs] > 0
-        writers = torch.where(is_drafting, self.idx_mapping[:num_reqs], -1)
+        rows = self.idx_mapping[:num_reqs]
         lengths = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs]
         tokens = last_sampled[input_batch.idx_mapping].view(-1)
         for index in range(num_speculative_tokens or self.num_speculative_steps):
-            # Past the model's length drafts are void: vLLM takes no token of them.
+            # Past the model's length vLLM takes no token of a draft: it must not be written over the
+            # last one.
+            is_written = is_drafting & (lengths + index < self.max_model_len)
             positions = (lengths + index).clamp(max=self.max_model_len - 1).long()
             slots = self.block_tables.compute_slot_mappings(
-                writers, self._starts[: num_reqs + 1], positions, num_reqs
+                torch.where(is_written, rows, -1), self._starts[: num_reqs + 1], positions, num_reqs
             )
             common = self._common(input_batch, index, positions, slots[0])
             hidden = self._run(tokens.int(), positions, common, slots, index)
@@ -123,7 +125,7 @@ class SelfSpeculator(DraftModelSpeculator):
             tokens = self.sample_draft(
                 hidden,
                 positions,
-                self.idx_mapping[:num_reqs],
+                rows,
                 self.temperature,
                 self.seeds,
                 self._draft_step,
