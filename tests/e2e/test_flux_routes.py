@@ -30,7 +30,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "chunks-of-2048": ({"max_num_batched_tokens": 2048}, {"preempt_at": [20]}),
     "one-at-a-time": ({}, {"together": False}),
     "no-prefix-cache": ({"enable_prefix_caching": False}, {"preempt_at": [6, 30]}),
+    # The runner of GPUs; asynchronously, a step is planned before the last one's routes are known.
+    "v2-in-step": ({}, {"preempt_at": [20]}),
+    "v2-asynchronous": ({}, {"preempt_at": [20]}),
 }
+V2 = {"v2-in-step": {"is_async": False}, "v2-asynchronous": {"is_async": True}}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,9 @@ def test_routes_and_answers_are_the_same_whatever_happens(
     profile, routes = routed
     options, events = CASES[case]
     engine = small_engine(model_path, "FLUX", {"profile": profile}, 200, **options)
-    run = run_engine(engine, [job | events, job])  # the second finds prompts in the prefix cache
+    # The second job finds prompts in the prefix cache.
+    run = run_engine(engine, [job | events, job], v2=V2.get(case))
+    assert run["is_async"] is (case == "v2-asynchronous")
     assert run["routes"] == [routes, routes]
     for answers in run["jobs"]:
         assert tokens_of(answers) == tokens_of(kept)
@@ -127,27 +133,6 @@ def test_routes_and_answers_are_the_same_whatever_happens(
     assert run["lost_blocks"] == 0
     if "preempt_at" in events:
         assert run["preemptions"] > 0
-
-
-@pytest.mark.parametrize("is_async", [False, True], ids=["in-step", "asynchronous"])
-def test_they_are_the_same_on_the_runner_of_gpus(
-    is_async: bool,
-    model_path: str,
-    routed: tuple[str, list[int]],
-    job: dict[str, Any],
-    kept: list[dict[str, Any]],
-) -> None:
-    """Scheduled asynchronously, a step is planned before the last one's routes are known."""
-    profile, routes = routed
-    engine = small_engine(model_path, "FLUX", {"profile": profile}, 200)
-    run = run_engine(engine, [job | {"preempt_at": [20]}, job], v2={"is_async": is_async})
-    assert run["routes"] == [routes, routes]
-    for answers in run["jobs"]:
-        assert tokens_of(answers) == tokens_of(kept)
-    assert sum(freed > 0 for freed in run["freed_blocks"]) == 4
-    assert run["lost_blocks"] == 0
-    assert run["preemptions"] > 0
-    assert run["is_async"] is is_async
 
 
 def test_forced_routes_are_stock_vllm_and_layers_that_are_always_narrowed(

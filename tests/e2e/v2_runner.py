@@ -41,8 +41,8 @@ def use_v2_runner(is_async: bool) -> None:
 
 
 def _mend_interpreter() -> None:
-    """Triton's interpreter takes a mask for what it is where vLLM's sampler computes with numbers:
-    a compiled kernel does so, too.
+    """Some masks of vLLM's sampler are numbers: compiled kernels take them, Triton's interpreter
+    takes booleans alone.
     """
     from triton.runtime.interpreter import InterpreterBuilder
 
