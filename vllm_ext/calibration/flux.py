@@ -6,8 +6,8 @@
    those that are fitted, and of others.
 3. *Routers*: the order is split into always full, routed and always window; routers are fitted on
    the first table (``routers``), to a mean share of full layers.
-4. *Verdict* by the second table: the router's divergence against that of the best layers for all
-   requests at the same share, and a training-free test beside them.
+4. *Verdict* by the second table: what the router costs (``Measured.costs_of``) against the best
+   layers for all requests at the same share, and a training-free test beside them.
 
 Nothing is printed here and no file of the user's is written: the command does both.
 """
