@@ -112,8 +112,7 @@ class SelfSpeculator(DraftModelSpeculator):
         lengths = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs]
         tokens = last_sampled[input_batch.idx_mapping].view(-1)
         for index in range(num_speculative_tokens or self.num_speculative_steps):
-            # Past the model's length vLLM takes no token of a draft: it must not be written over the
-            # last one.
+            # Past the model's length vLLM takes no draft; it must not hide the last token's keys.
             is_written = is_drafting & (lengths + index < self.max_model_len)
             positions = (lengths + index).clamp(max=self.max_model_len - 1).long()
             slots = self.block_tables.compute_slot_mappings(
