@@ -88,13 +88,11 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
 
     Decode rows are reordered to the front by vLLM (``reorder_batch_threshold``). A CUDA graph may
     be replayed for every batch of single tokens that it was captured as large for: all that
-    differs between such batches is data in buffers that stay (docs/adr/0003).
+    differs between such batches is data in buffers that stay (docs/adr/0003). Where sparse rows
+    only draft, batches are verified, of as many tokens for each row.
     """
 
     METHOD: ClassVar[SparseMethod]
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
     reorder_batch_threshold: int | None = 1
 
     def __init__(
@@ -150,6 +148,15 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         self._verifies = config.draft_tokens > 0
         self._dense_plan = StepPlan(dict.fromkeys(self._layer_of.values(), DENSE_LAYER), ())
         logger.info("%s: block %d tokens; %s; %s", method.name, geometry.block_size, ruled, config)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """See ``AttentionMetadataBuilder.get_cudagraph_support``."""
+        if method_config(vllm_config, cls.METHOD).draft_tokens:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(
         self,

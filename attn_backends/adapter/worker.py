@@ -205,7 +205,7 @@ class DraftingWorker:
 
             logger.warning(
                 "lossless_tokens on vLLM's V2 runner: neither drafts nor what verifies them have "
-                "CUDA graphs, and whether that pays on a GPU has not been measured"
+                "been run on a GPU yet, so that nobody knows whether they pay there"
             )
             runner.speculator = SelfSpeculator(self.vllm_config, self.device)
         else:

@@ -75,9 +75,13 @@ def _told(value: Any) -> Any:
 class _Counters:
     def __init__(self) -> None:
         self.rows: Counter[tuple[str, str]] = Counter()
+        self.verified = 0
 
     def add(self, rows: Counter[tuple[str, str]]) -> None:
         self.rows += rows
+
+    def add_verified(self, num_rows: int) -> None:
+        self.verified += num_rows
 
     def show_recall(self, watch: Any) -> None:
         """Not looked at."""
@@ -156,52 +160,59 @@ class _Runner:
             layer.impl.forward(layer, query, query, query, layer.kv_cache, metadata[name], out)
         return self.calls
 
-    def capture(self, num_reqs: int) -> list[Any]:
+    def capture(self, num_reqs: int, query_len: int = 1) -> list[Any]:
         """What goes into a decode graph."""
+        num_tokens = num_reqs * query_len
         metadata, _ = prepare_inputs_to_capture(
             num_reqs,
-            num_reqs,
+            num_tokens,
             self.state,
             self.buffers,
             self.block_tables,
             self.attn_groups,
             self.kv_cache_config,
             full_cudagraph=True,
-            max_query_len=1,
+            max_query_len=query_len,
         )
-        return self._run(metadata, num_reqs)
+        return self._run(metadata, num_tokens)
 
-    def batch(self, seq_lens: list[int], prefilling: list[bool], padded: int) -> InputBatch:
-        """As ``prepare_inputs`` makes it of rows of one token each."""
+    def batch(
+        self, seq_lens: list[int], prefilling: list[bool], padded: int, query_len: int = 1
+    ) -> InputBatch:
+        """As ``prepare_inputs`` makes it of rows of as many tokens each."""
         rows = len(seq_lens)
-        dummy = InputBatch.make_dummy(padded, padded, self.buffers)
+        dummy = InputBatch.make_dummy(
+            padded, padded * query_len, self.buffers, max_query_len=query_len
+        )
         rest = [0] * (padded - rows)
         self.buffers.seq_lens[:padded] = torch.tensor(seq_lens + rest)
-        starts = np.minimum(np.arange(padded + 1, dtype=np.int32), rows)
+        starts = np.minimum(np.arange(padded + 1, dtype=np.int32), rows) * query_len
         self.buffers.query_start_loc[: padded + 1] = torch.from_numpy(starts)
         return replace(
             dummy,
             num_reqs=rows,
-            num_tokens=rows,
+            num_tokens=rows * query_len,
             idx_mapping_np=np.arange(rows),
-            num_scheduled_tokens=np.ones(rows, dtype=np.int32),
+            num_scheduled_tokens=np.full(rows, query_len, dtype=np.int32),
             query_start_loc_np=starts,
             seq_lens_cpu_upper_bound=torch.tensor(seq_lens + rest, dtype=torch.int32),
             is_prefilling_np=np.array(prefilling),
         )
 
-    def replay(self, seq_lens: list[int], prefilling: list[bool], padded: int) -> list[Any]:
+    def replay(
+        self, seq_lens: list[int], prefilling: list[bool], padded: int, query_len: int = 1
+    ) -> list[Any]:
         """What the same graph would have to do for these rows."""
-        batch = self.batch(seq_lens, prefilling, padded)
+        batch = self.batch(seq_lens, prefilling, padded, query_len)
         metadata = self.state.prepare_attn(
             batch,
             CUDAGraphMode.FULL,
             tuple(table[:padded] for table in self.block_tables.input_block_tables),
-            self.block_tables.slots[:, :padded],
+            self.block_tables.slots[:, : padded * query_len],
             self.attn_groups,
             self.kv_cache_config,
         )
-        return self._run(metadata, padded)
+        return self._run(metadata, padded * query_len)
 
 
 def _flux_profile(path: Path, is_routed: bool) -> str:
@@ -214,7 +225,7 @@ def _flux_profile(path: Path, is_routed: bool) -> str:
     return write_routed_profile(path, [], groups, router)
 
 
-# MOA keeps heads apart, which is refused under graphs.
+# MOA keeps heads apart: tests/e2e/test_recorded_graphs.py.
 @pytest.mark.parametrize("method", sorted({*REGISTRY} - {"MOA"} | {"FLUX routed"}))
 def test_what_is_captured_is_right_for_every_padded_batch(
     method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -244,6 +255,26 @@ def test_what_is_captured_is_right_for_every_padded_batch(
         runner.counters.rows.clear()
         assert runner.replay(seq_lens, prefilling, 8) == captured
         assert sum(runner.counters.rows.values()) == prefilling.count(False)
+
+
+def test_what_verifies_drafts_is_captured_for_every_padded_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three drafts of each row and the token before them, in one dense pass."""
+    runner = _Runner("TIDAL_DECODE", monkeypatch, {"lossless_tokens": 3})
+    support = type(runner.builder).get_cudagraph_support(runner.vllm_config, None)
+    assert support is AttentionCGSupport.UNIFORM_BATCH
+    captured = runner.capture(8, query_len=4)
+    assert {op for op, _ in captured} == {"paged_attention"}
+    for seq_lens in ([380, 300, 200], [380] * 8, [4]):
+        monkeypatch.setattr(BOOK, "num_rows", len(seq_lens))
+        replayed = runner.replay(seq_lens, [False] * len(seq_lens), 8, query_len=4)
+        bound = ("max_seq_len", max(seq_lens))  # of the batch; the graph's is of every batch
+        assert str(bound) in str(replayed)
+        expected = str(captured).replace(str(("max_seq_len", MAX_MODEL_LEN)), str(bound))
+        assert str(replayed) == expected
+    assert not runner.counters.rows, "what verifies answers no sparse row"
+    assert runner.counters.verified == 3 + 8 + 1
 
 
 def test_the_warm_up_runs_the_layers_on_their_caches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,20 +136,24 @@ def test_scheduling_does_not_change_answers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_async", [False, True], ids=["in-step", "asynchronous"])
+@pytest.mark.parametrize("is_async", [False, True], ids=["in-step", "asynchronous, graphs"])
 def test_the_runner_of_gpus_gives_the_same_answers(
     model_path: str, prompts: list[list[int]], is_async: bool
 ) -> None:
     """Prompts of 33 to 511 tokens, in chunks; the second time from the prefix cache. There, drafts
-    are made before anybody knows which of the last ones were right.
+    are made before anybody knows which of the last ones were right, and all but the first steps of
+    a request are graphs' (``recorded_graphs.py``): one verifies, one is the first draft, one each
+    later one.
     """
     chosen = [prompts[i] for i in (4, 9, 11)]
     small = {"max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20}
     small |= {"max_num_batched_tokens": 256, "max_num_seqs": 4}
     job = _job(chosen, max_tokens=12)  # the sampler's kernels are slow, interpreted
     stock = run_engine(_engine(model_path, 0, **small), [job], STOCK)["jobs"][0]
-    answer = run_engine(_engine(model_path, 3, **small), [job, job], v2={"is_async": is_async})
+    v2 = {"is_async": is_async, "has_graphs": is_async}
+    answer = run_engine(_engine(model_path, 3, **small), [job, job], v2=v2)
     assert answer["is_async"] is is_async
+    assert (answer["num_replays"] > 24) is is_async
     for got in answer["jobs"]:
         _assert_same(got, stock)
     drafts, figures = answer["drafts"], answer["figures"]

@@ -10,11 +10,12 @@ from typing import Any
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 
 
-def use_v2_runner(is_async: bool) -> None:
+def use_v2_runner(is_async: bool, has_graphs: bool = False) -> None:
     """Makes engines of this process, none of which is there yet, have it.
 
     Args:
         is_async: whether a step is scheduled before the last one's tokens are known.
+        has_graphs: see ``recorded_graphs.py``.
     """
     from triton.backends import backends
 
@@ -38,6 +39,10 @@ def use_v2_runner(is_async: bool) -> None:
 
     checks._engine_reasons = reasons
     CpuPlatform.check_and_update_config = check_and_update_config
+    if has_graphs:
+        from tests.e2e.recorded_graphs import use_recorded_graphs
+
+        use_recorded_graphs()
 
 
 def _mend_interpreter() -> None:

@@ -12,7 +12,8 @@ from vllm_ext.cli import doctor
 
 def _engine(mode: str | None) -> Any:
     """As far as the graph mode is looked up in it."""
-    builder = SimpleNamespace(_cudagraph_support=SimpleNamespace(name="UNIFORM"))
+    support = SimpleNamespace(name="UNIFORM")
+    builder = SimpleNamespace(get_cudagraph_support=lambda vllm_config, spec: support)
     backend = SimpleNamespace(get_builder_cls=lambda: builder)
     return SimpleNamespace(
         attention_config=SimpleNamespace(backend=SimpleNamespace(get_class=lambda: backend)),

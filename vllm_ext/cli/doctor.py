@@ -201,9 +201,10 @@ def _report_engine(vllm_config: Any, kv_cache_config: Any) -> None:
 def _report_graphs(vllm_config: Any, device_type: str) -> list[str]:
     """Whether decode steps are captured; returns what is wrong."""
     builder = vllm_config.attention_config.backend.get_class().get_builder_cls()
+    support = builder.get_cudagraph_support(vllm_config, None)  # the same for every KV cache
     mode = vllm_config.compilation_config.cudagraph_mode
     name = "NONE" if mode is None else mode.name
-    _line("graph mode", f"{name}; our builder declares {builder._cudagraph_support.name}")
+    _line("graph mode", f"{name}; our builder declares {support.name}")
     if device_type == "cpu" or "FULL" in name:
         return []
     return [f"graph mode is {name}: decode steps are not replayed from CUDA graphs"]

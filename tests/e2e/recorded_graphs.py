@@ -1,0 +1,139 @@
+"""CUDA graphs without CUDA, for vLLM's V2 runner on a CPU (``v2_runner.py``).
+
+What happens while one is captured is written down: every operator of torch, every op of ours and
+every kernel in Triton's interpreter, with the very tensors and the numbers it was given. A replay
+does the same again, on the same tensors, and nothing of Python in between: whatever a step changes
+must be data in buffers that stay, as for a real graph. What waits for the device, or sends it a
+list of the host's, is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+_CAPTURE_SIZES = [1, 2, 4, 8, 16]
+# What a device cannot do while a graph is captured: tell the host something, or be sent its lists.
+_FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::lift_fresh"}
+_recording: RecordedGraph | None = None
+
+
+class RecordedGraph:
+    """Stands for ``torch.cuda.CUDAGraph``.
+
+    Attributes:
+        num_replays: of all graphs of the process.
+    """
+
+    num_replays = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._calls: list[tuple[Callable[..., Any], Any, Any, Any]] = []
+
+    def add(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Calls a function, now and in every replay."""
+        global _recording
+        _recording, here = None, _recording
+        try:
+            with _disable_current_modes():
+                result = function(*args, **kwargs)
+        finally:
+            _recording = here
+        self._calls.append((function, args, kwargs, result))
+        return result
+
+    def replay(self) -> None:
+        """Does again what was captured."""
+        RecordedGraph.num_replays += 1
+        for function, args, kwargs, result in self._calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self, graph: RecordedGraph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in _FORBIDDEN:
+            raise RuntimeError(f"{func} while a graph is captured")
+        return self._graph.add(func, args, kwargs or {})
+
+
+@contextlib.contextmanager
+def _graph(graph: RecordedGraph, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands for ``torch.cuda.graph``."""
+    global _recording
+    _recording = graph
+    try:
+        with _Recording(graph):
+            yield
+    finally:
+        _recording = None
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _recording is None:
+            return function(*args, **kwargs)
+        return _recording.add(function, args, kwargs)
+
+    return call
+
+
+def use_recorded_graphs() -> None:
+    """Makes V2 engines of this process capture and replay full decode graphs."""
+    from triton.runtime.interpreter import GridExecutor
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu import cudagraph_utils, model_runner
+
+    from attn_backends.adapter import metadata, rows
+    from attn_backends.ops import resolution
+
+    kernel, resolve = GridExecutor.__call__, resolution.resolve
+    GridExecutor.__call__ = lambda self, *args, **kwargs: _recorded(kernel)(self, *args, **kwargs)
+
+    def resolve_recorded(*args: Any) -> Any:
+        impl = resolve(*args)
+        return replace(impl, run=_recorded(impl.run))
+
+    resolution.resolve = resolve_recorded
+    torch.cuda.CUDAGraph, torch.cuda.graph = RecordedGraph, _graph  # type: ignore[misc,assignment]
+    torch.accelerator.empty_cache = lambda: None
+    torch.accelerator.get_memory_info = lambda *args: (0, 0)
+    cudagraph_utils.graph_capture = lambda **kwargs: contextlib.nullcontext()
+    cudagraph_utils.capture_pool = lambda pool, config: contextlib.nullcontext(pool)
+    cudagraph_utils.current_stream = lambda: None
+    model_runner.lock_workspace = lambda: None
+    CpuPlatform.get_global_graph_pool = lambda self: None
+    metadata.kinds_by_order = rows.kinds_by_tokens  # as on GPUs
+    # Layers call Python, which is recorded, and not an operator around it.
+    CpuPlatform.opaque_attention_op = classmethod(lambda cls: False)
+
+    update, warm_up = CpuPlatform.check_and_update_config, CPUWorker.compile_or_warm_up_model
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        update(vllm_config)
+        compilation = vllm_config.compilation_config
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        compilation.cudagraph_capture_sizes = _CAPTURE_SIZES
+        compilation.max_cudagraph_capture_size = _CAPTURE_SIZES[-1]
+
+    def compile_or_warm_up_model(self: Any) -> Any:
+        times = warm_up(self)
+        self.model_runner.capture_model()
+        return times
+
+    CpuPlatform.check_and_update_config = check_and_update_config
+    CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model

@@ -1,0 +1,45 @@
+"""Full decode graphs of vLLM's V2 runner, captured and replayed without a GPU
+(``recorded_graphs.py``): the answers are those of the runner without graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from attn_backends.methods import REGISTRY
+from tests.e2e.engine import run_engine, small_engine, tokens_of
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # vLLM's sampler is slow, interpreted
+
+NEW_TOKENS = 8
+LOGPROB_TOLERANCE = 2e-3  # see test_exactness.py
+# So that something is left out of prompts of 33 to 511 tokens; MOA and FLUX have their profiles.
+CHOOSING = {"budget_tokens": 128, "min_context_tokens": 0}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "TIDAL_DECODE": CHOOSING,
+    "ORACLE_TOPK": CHOOSING,
+    "SINK_WINDOW": {"sink_tokens": 32, "window_tokens": 96},
+}
+
+
+@pytest.mark.parametrize("method", [*REGISTRY])
+def test_replayed_steps_give_the_same_answers(
+    model_path: str, prompts: list[list[int]], method: str
+) -> None:
+    """Three rows in a graph of four; retention, heads with caches of their own and routes too."""
+    job = {"prompts": [prompts[i] for i in (4, 9, 11)], "together": True, "max_tokens": NEW_TOKENS}
+    options: dict[str, Any] = {"max_num_batched_tokens": 256, "max_num_seqs": 4}
+    engine = small_engine(model_path, method, SETTINGS.get(method, {}), 256, **options)
+    expected = run_engine(engine, [job])
+    answer = run_engine(engine, [job], v2={"is_async": True, "has_graphs": True})
+    assert answer["num_replays"] == NEW_TOKENS - 1
+    (got,), (want,) = answer["jobs"], expected["jobs"]
+    assert tokens_of(got) == tokens_of(want)
+    for one, other in zip(got, want, strict=True):
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=LOGPROB_TOLERANCE)
+    assert answer["rows"] == expected["rows"]
+    assert answer["routes"] == expected["routes"]
+    assert answer["freed_blocks"] == expected["freed_blocks"]
+    assert answer["lost_blocks"] == 0
