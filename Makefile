@@ -29,8 +29,9 @@ ray:
 	@bash scripts/setup.sh ray
 	@.venv/bin/python -m deploy.ray.local --port $(PORT) $(ARGS)
 
+# Two files of tests at a time, in the order of their folders: the longest come first.
 test: check
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	.venv/bin/python -m pytest -m slow

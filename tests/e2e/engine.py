@@ -50,7 +50,7 @@ def run_engine(
         TimeoutError: no answer within 25 minutes.
     """
     changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TRITON_INTERPRET": None}
-    # Nothing is timed: the engine takes the core that vLLM leaves to its server, too.
+    # Nothing is timed: alone, the engine takes the core that vLLM leaves to its server, too.
     changes |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **(env or {})}
     changes |= ENVIRONMENT if v2 else {}
     with Child("engine", "tests.e2e.engine", quiet_environment(changes), ROOT) as child:

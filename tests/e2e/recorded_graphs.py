@@ -93,9 +93,7 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 def use_recorded_graphs() -> None:
     """Makes V2 engines of this process capture and replay full decode graphs."""
     from triton.runtime.interpreter import GridExecutor
-    from vllm.config import CUDAGraphMode
     from vllm.platforms.cpu import CpuPlatform
-    from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu import cudagraph_utils, model_runner
 
     from attn_backends.adapter import metadata, rows
@@ -110,18 +108,26 @@ def use_recorded_graphs() -> None:
 
     resolution.resolve = resolve_recorded
     torch.cuda.CUDAGraph, torch.cuda.graph = RecordedGraph, _graph  # type: ignore[misc,assignment]
-    torch.accelerator.empty_cache = lambda: None
+    torch.accelerator.empty_cache = torch.accelerator.synchronize = lambda: None
     torch.accelerator.get_memory_info = lambda *args: (0, 0)
     cudagraph_utils.graph_capture = lambda **kwargs: contextlib.nullcontext()
     cudagraph_utils.capture_pool = lambda pool, config: contextlib.nullcontext(pool)
     cudagraph_utils.current_stream = lambda: None
     model_runner.lock_workspace = lambda: None
-    CpuPlatform.get_global_graph_pool = lambda self: None
-    metadata.kinds_by_order = rows.kinds_by_tokens  # as on GPUs
+    cudagraph_utils.capture_outside_cumem_pool = contextlib.nullcontext
+    CpuPlatform.get_global_graph_pool = CpuPlatform.graph_pool_handle = lambda self: None
     # Layers call Python, which is recorded, and not an operator around it.
     CpuPlatform.opaque_attention_op = classmethod(lambda cls: False)
+    metadata.kinds_by_order = rows.kinds_by_tokens  # as on GPUs
+    _use_full_graphs()
+    _capture_as_gpu_workers_do()
 
-    update, warm_up = CpuPlatform.check_and_update_config, CPUWorker.compile_or_warm_up_model
+
+def _use_full_graphs() -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
 
     def check_and_update_config(vllm_config: Any) -> None:
         update(vllm_config)
@@ -130,10 +136,28 @@ def use_recorded_graphs() -> None:
         compilation.cudagraph_capture_sizes = _CAPTURE_SIZES
         compilation.max_cudagraph_capture_size = _CAPTURE_SIZES[-1]
 
+    CpuPlatform.check_and_update_config = check_and_update_config
+
+
+def _capture_as_gpu_workers_do() -> None:
+    """Once to measure what graphs take, on a KV cache that is dropped, then for good."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from attn_backends.adapter import worker
+
+    measure, warm_up = CPUWorker.determine_available_memory, CPUWorker.compile_or_warm_up_model
+
+    def determine_available_memory(self: Any) -> int:
+        available_bytes: int = measure(self)
+        self.model_runner.profile_cudagraph_memory()
+        return available_bytes
+
     def compile_or_warm_up_model(self: Any) -> Any:
         times = warm_up(self)
         self.model_runner.capture_model()
         return times
 
-    CpuPlatform.check_and_update_config = check_and_update_config
+    CPUWorker.determine_available_memory = determine_available_memory
     CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
+    bases = (worker.ReadyBeforeServing, worker.ExtCPUWorker)
+    worker.ExtCPUWorker = type("ExtCPUWorker", bases, {})  # type: ignore[misc]
