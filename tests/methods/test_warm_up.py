@@ -131,7 +131,12 @@ def _serve(
         layer.attend(query, torch.empty_like(query))
 
 
-@pytest.mark.parametrize(("method_name", "settings", "used"), SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    ("method_name", "settings", "used"),
+    SETTINGS,
+    # Names must be the same in every process that tests: a set's order is not.
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
+)
 def test_nothing_that_a_step_launches_is_new_after_the_warm_up(
     method_name: str, settings: dict[str, Any], used: set[str], tmp_path: Path
 ) -> None:

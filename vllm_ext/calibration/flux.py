@@ -69,9 +69,9 @@ class FluxSettings:
     model: Path
     share: float = 0.46
     context_tokens: int = 4096
-    prompts: int = 90
-    order_prompts: int = 18
-    held_out: int = 48
+    prompts: int = 81
+    order_prompts: int = 15
+    held_out: int = 36
     sink_tokens: int = 64
     window_tokens: int = 512
     corpus: Path | None = None
