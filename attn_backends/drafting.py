@@ -76,7 +76,7 @@ class DraftSelector:
                 f"draft {rows.draft_index} has {rows.num_decodes} rows, the first one had "
                 f"{len(self._later.reasons)}"
             )
-        return replace(self._later)
+        return self._later
 
     def _first(self, plan: StepPlan, rows: StepRows) -> StepPlan:
         """The first draft's plan: every anchor chooses into what it keeps."""

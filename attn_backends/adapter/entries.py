@@ -31,12 +31,12 @@ from kvcache.layout import KVOrder, kv_views
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionBackend
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from attn_backends.adapter.metadata import ExtMetadata
     from attn_backends.method import Geometry
-    from attn_backends.plan import StepPlan
     from kvcache.retention import RetentionPolicy
 
 
@@ -70,7 +70,7 @@ class HeadEntry(AttentionLayerBase):
 
 class SplitEngine:
     """What the split layers of an engine share: the KV groups of their entries, and the rows of a
-    step by head, made by the first layer that asks.
+    pass through the model by head, made by the first layer that asks.
 
     Args:
         geometry: of the split layers.
@@ -82,7 +82,7 @@ class SplitEngine:
         self._group_of: dict[str, int] = {}  # by the entry's name
         self._spokesmen: list[str] = []  # an entry of each group: what vLLM says of it holds for it
         self._shared: HeadTables | None = None
-        self._plan: StepPlan | None = None  # of the step that the rest is of
+        self._forward: ForwardContext | None = None  # of the pass that the rest is of
         self._rows: SplitRows | None = None
         self._slots: torch.Tensor | None = None
 
@@ -133,16 +133,16 @@ class SplitEngine:
 
     def rows(self, step: ExtMetadata) -> SplitRows:
         """The step's rows by head."""
-        self._begin(step)
+        self._begin()
         if self._rows is None:
             metadata: Any = get_forward_context().attn_metadata
             tables = [metadata[name].block_table for name in self._spokesmen]
             self._rows = SplitRows.of(step.batch, self._tables, tables)
         return self._rows
 
-    def slots(self, step: ExtMetadata) -> torch.Tensor:
+    def slots(self) -> torch.Tensor:
         """See ``HeadTables.write_slots``: of the step's tokens."""
-        self._begin(step)
+        self._begin()
         if self._slots is None:
             mappings: Any = get_forward_context().slot_mapping
             self._slots = self._tables.write_slots([mappings[name] for name in self._spokesmen])
@@ -154,9 +154,11 @@ class SplitEngine:
             raise RuntimeError("a split layer was called before its cache was looked at")
         return self._shared
 
-    def _begin(self, step: ExtMetadata) -> None:
-        if step.plan is not self._plan:
-            self._plan, self._rows, self._slots = step.plan, None, None
+    def _begin(self) -> None:
+        # Not by plan: vLLM may run a step's metadata twice, the second time into a graph.
+        context = get_forward_context()
+        if context is not self._forward:
+            self._forward, self._rows, self._slots = context, None, None
 
 
 def shared_head_tables(

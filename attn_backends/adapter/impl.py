@@ -139,7 +139,7 @@ class ExtAttentionImpl(AttentionImpl[ExtMetadata]):
             return  # a dummy run: nothing is to be written, and nobody says where blocks lie
         step: ExtMetadata = metadata[self._entries[0].split_layer]
         cache = self.split_cache(kv_cache, step.split)
-        slots = cache.places.slots(step.split.slots(step))
+        slots = cache.places.slots(step.split.slots())
         self._cache_write.run(fold_keys(key), fold_keys(value), *cache.views, slots)
 
     def forward(

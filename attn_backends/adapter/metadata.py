@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -167,10 +167,8 @@ class ExtMetadataBuilder(AttentionMetadataBuilder[ExtMetadata]):
         """See ``AttentionMetadataBuilder.build``."""
         common = common_attn_metadata
         if self._verifies:
-            decoding = ~is_prefilling(common)
-            self._planner.count_verified(int(decoding.sum()))
-            # A new plan is a new step (split layers ask by it).
-            return self._metadata(common, replace(self._dense_plan), 0)
+            self._planner.count_verified(~is_prefilling(common))
+            return self._metadata(common, self._dense_plan, 0)
         kinds = kinds_by_order if self.device.type == "cpu" else kinds_by_tokens
         rows = kinds(common)
         return self._metadata(common, self._plan(common, rows), rows.num_decodes)

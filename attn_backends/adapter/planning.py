@@ -131,14 +131,15 @@ class StepPlanner:
             self._counters.add_routes(prompts.take_counts())
         return routes
 
-    def count_verified(self, num_rows: int) -> None:
+    def count_verified(self, is_decoding: torch.Tensor) -> None:
         """Rows of a step that read everything, since what is sparse are drafts.
 
         Args:
-            num_rows: that do not read their prompt; fewer of a batch that is nobody's.
+            is_decoding: ``[num_reqs]`` bool on the host, rows that do not read their prompt;
+                padding and batches that are nobody's are not counted.
         """
         if self._counters is not None:
-            self._counters.add_verified(min(num_rows, BOOK.num_rows))
+            self._counters.add_verified(int(is_decoding[: BOOK.num_rows].sum()))
 
     def _count_drafts(self) -> None:
         """Once for all drafts of a step."""

@@ -82,7 +82,12 @@ def _foreign_settings(vllm_config: VllmConfig, speculation: Any, draft_tokens: i
 def _untried(vllm_config: VllmConfig, device_type: str) -> list[str]:
     """What drafts have not been tried with, or cannot be right with."""
     parallel: Any = vllm_config.parallel_config
+    model: Any = vllm_config.model_config
     checks = [
+        (
+            model.supports_multimodal_inputs or model.uses_mrope or model.enable_prompt_embeds,
+            "models and prompts of more than tokens with --lossless-tokens (drafts are of tokens)",
+        ),
         (
             device_type != "cpu" and not vllm_config.use_v2_model_runner,
             "vLLM's V1 model runner on GPUs with --lossless-tokens "
@@ -91,7 +96,7 @@ def _untried(vllm_config: VllmConfig, device_type: str) -> list[str]:
         (vllm_config.lora_config is not None, "--enable-lora with --lossless-tokens"),
         (parallel.data_parallel_size > 1, "--data-parallel-size with --lossless-tokens (use 1)"),
         (
-            bool(vllm_config.model_config.logits_processors),
+            bool(model.logits_processors),
             "--logits-processors with --lossless-tokens (vLLM does not verify through them)",
         ),
     ]

@@ -44,6 +44,9 @@ def _vllm_config(
         "model": "models/one",
         "max_model_len": 4096,
         "logits_processors": None,
+        "supports_multimodal_inputs": False,
+        "uses_mrope": False,
+        "enable_prompt_embeds": False,
     } | (model or {})
     return SimpleNamespace(
         model_config=SimpleNamespace(**model_config),
@@ -164,6 +167,7 @@ def test_drafts_need_vllm_s_speculative_decoding() -> None:
         ({}, {"engine": {"lora_config": object()}}, "--enable-lora with --lossless-tokens"),
         ({}, {"parallel": {"data_parallel_size": 2}}, "--data-parallel-size with"),
         ({}, {"model": {"logits_processors": ["mine"]}}, "--logits-processors with"),
+        ({}, {"model": {"enable_prompt_embeds": True}}, "of more than tokens with"),
     ],
 )
 def test_what_drafts_cannot_be_verified_with_is_named(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.recorded_graphs import RecordedGraph
+from tests.e2e.recorded_graphs import replays
 from tests.e2e.v2_runner import ENVIRONMENT, use_v2_runner
 from vllm_ext.child import Child, Parent, quiet_environment
 
@@ -39,11 +39,11 @@ def run_engine(
         ``{"jobs": [[{"tokens": [...], "logprobs": [[id, logprob], ...]}]], "rows": {...},
         "preemptions": n, "prefix_hits": tokens, "freed_blocks": [by KV group], "num_blocks": n,
         "lost_blocks": n, "figures": {...}, "routes": [[by prompt] by job], "drafts": {...},
-        "is_async": bool, "num_replays": n}`` with the logprob of each token; ``num_blocks`` is the
+        "is_async": bool, "replays": {...}}`` with the logprob of each token; ``num_blocks`` is the
         size of the KV pool, ``lost_blocks`` what of it is not free in the end, ``figures`` all
         other figures of ours by name and the last of their labels, ``routes`` what the scheduler
         learned of each request, null where nothing, ``drafts`` vLLM's own figures of speculative
-        decoding, ``is_async`` how steps were scheduled, ``num_replays`` of CUDA graphs (``v2``).
+        decoding, ``is_async`` how steps were scheduled, ``replays`` of CUDA graphs (``v2``).
 
     Raises:
         UserError: the engine failed; the message ends with its log.
@@ -269,7 +269,7 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     num_held = num_blocks - 1 - managers.block_pool.get_num_free_blocks()  # one is the null block
     result |= {"num_blocks": num_blocks, "lost_blocks": num_held}
     result["is_async"] = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
-    result["num_replays"] = RecordedGraph.num_replays
+    result["replays"] = {f"{manager}|{tokens}": n for (manager, tokens), n in replays.items()}
     llm.llm_engine.engine_core.shutdown()
     return result
 
