@@ -229,13 +229,19 @@ def test_a_worker_refuses_settings_that_the_block_of_the_loaded_model_rules_out(
     [
         ("cpu", False, 1, None),
         ("cuda", True, 1, None),
-        ("cuda", False, 1, None),  # with a warning
+        ("cuda", False, 1, None),
         ("cpu", False, 2, "--tensor-parallel-size 2; use 1"),
     ],
 )
 def test_heads_with_caches_of_their_own_are_refused_where_they_were_not_tried(
-    device_type: str, eager: bool, ranks: int, words: str | None, monkeypatch: pytest.MonkeyPatch
+    device_type: str,
+    eager: bool,
+    ranks: int,
+    words: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Where they were tried in tests alone, they are served with a warning."""
     pytest.importorskip("vllm")
     from vllm_ext.platforms import selection
 
@@ -250,6 +256,8 @@ def test_heads_with_caches_of_their_own_are_refused_where_they_were_not_tried(
     method = load_method("SINK_WINDOW")
     if words is None:
         selection._check_entries(method, engine, device_type)
+        is_warned = "not been run on a GPU under CUDA graphs" in caplog.text
+        assert is_warned is (device_type == "cuda" and not eager)
         return
     with pytest.raises(ConfigError, match=words):
         selection._check_entries(method, engine, device_type)
