@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.e2e.engine import end_engines
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = Path(os.environ.get("VLLM_EXT_TEST_MODEL", ROOT / "models" / "smollm2-135m-instruct"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_engine_is_left() -> Iterator[None]:
+    yield
+    end_engines()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,19 @@
-"""Runs jobs on a vLLM engine in a process of its own, which can look into the scheduler."""
+"""Runs jobs on a vLLM engine in a process of its own, which can look into the scheduler.
+
+Importing vLLM takes as long as a short job. So a process that has imported it, and done nothing
+else, is kept for each environment, and engines are forked from it.
+"""
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import json
+import multiprocessing
 import os
+import signal
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +22,7 @@ from tests.e2e.v2_runner import ENVIRONMENT, use_v2_runner
 from vllm_ext.child import Child, Parent, quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
+_kept: dict[frozenset[tuple[str, str | None]], Child] = {}  # by changes of the environment
 
 
 def run_engine(
@@ -53,12 +65,28 @@ def run_engine(
     # Nothing is timed: alone, the engine takes the core that vLLM leaves to its server, too.
     changes |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **(env or {})}
     changes |= ENVIRONMENT if v2 else {}
-    with Child("engine", "tests.e2e.engine", quiet_environment(changes), ROOT) as child:
-        answer: dict[str, Any] = child.ask(
-            {"engine": engine, "jobs": jobs, "registry": registry or {}, "known": known, "v2": v2},
-            limit_s=1500,
-        )
+    spec = {"engine": engine, "jobs": jobs, "registry": registry or {}, "known": known, "v2": v2}
+    key = frozenset(changes.items())
+    # What vLLM must find when it is imported needs a process that has not imported it.
+    child = None if registry or v2 else _kept.pop(key, None)
+    if child is None:
+        child = Child("engine", "tests.e2e.engine", quiet_environment(changes), ROOT)
+    try:
+        answer: dict[str, Any] = child.ask(spec, limit_s=1500)
+    except BaseException:
+        child.close()
+        raise
+    if registry or v2:
+        child.close()
+    else:
+        _kept[key] = child
     return answer
+
+
+def end_engines() -> None:
+    """Ends the processes that are kept."""
+    while _kept:
+        _kept.popitem()[1].close()
 
 
 def small_engine(
@@ -274,9 +302,41 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _forked(spec: dict[str, Any]) -> Any:
+    """The answer of a process that is forked here, once that has ended; it writes to our log.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    if not (child := os.fork()):
+        status = 1
+        try:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with us
+            writer.send_bytes(json.dumps(_run(spec), default=float).encode())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            atexit._run_exitfuncs()
+            os._exit(status)
+    writer.close()
+    try:
+        return json.loads(reader.recv_bytes())
+    except EOFError:
+        sys.exit(1)
+    finally:
+        os.waitpid(child, 0)
+
+
 def _main(parent: Parent) -> None:
     for spec in parent:
-        parent.answer(_run(spec))
+        if spec["registry"] or spec["v2"]:
+            parent.answer(_run(spec))
+        else:
+            import vllm.entrypoints.llm  # noqa: F401
+
+            parent.answer(_forked(spec))
 
 
 if __name__ == "__main__":

@@ -92,19 +92,25 @@ def _engine(model_path: str, case: str | None, **options: Any) -> dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def stock(model_path: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
+def some_prompts(prompts: list[list[int]]) -> list[list[int]]:
+    """All but the longest: 2,100 tokens are more than one chunk, too, and half of the work."""
+    return prompts[:-1]
+
+
+@pytest.fixture(scope="module")
+def stock(model_path: str, some_prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Stock vLLM, the extension switched off, every prompt alone."""
-    job = {"prompts": prompts, "together": False, "max_tokens": NEW_TOKENS}
+    job = {"prompts": some_prompts, "together": False, "max_tokens": NEW_TOKENS}
     answer = run_engine(_engine(model_path, None), [job], {"VLLM_EXT_DISABLE": "1"})
     return list(answer["jobs"][0])
 
 
 @pytest.fixture(scope="module", params=_cases(*CASES))
 def served(
-    request: pytest.FixtureRequest, model_path: str, prompts: list[list[int]]
+    request: pytest.FixtureRequest, model_path: str, some_prompts: list[list[int]]
 ) -> tuple[str, dict[str, Any]]:
     """A case's answers: alone, together, and again with everything in the prefix cache."""
-    alone = {"prompts": prompts, "together": False, "max_tokens": NEW_TOKENS}
+    alone = {"prompts": some_prompts, "together": False, "max_tokens": NEW_TOKENS}
     together = alone | {"together": True}
     answer = run_engine(_engine(model_path, request.param), [alone, together])
     return request.param, answer
@@ -114,7 +120,7 @@ def test_alone_equals_the_reference(
     served: tuple[str, dict[str, Any]],
     stock: list[dict[str, Any]],
     model_path: str,
-    prompts: list[list[int]],
+    some_prompts: list[list[int]],
 ) -> None:
     case, answer = served
     alone, sees = answer["jobs"][0], CASES[case].visible
@@ -122,12 +128,12 @@ def test_alone_equals_the_reference(
         assert tokens_of(alone) == tokens_of(stock)
         expected = [reference["logprobs"] for reference in stock]
     else:
-        reference = masked_reference(model_path, prompts, alone, sees)
+        reference = masked_reference(model_path, some_prompts, alone, sees)
         assert tokens_of(alone) == [tokens for tokens, _ in reference]
         expected = [logprobs for _, logprobs in reference]
         pairs = zip(alone, stock, strict=True)
         changed = sum(abs(a["logprobs"][0] - b["logprobs"][0]) > 0.01 for a, b in pairs)
-        assert changed >= 5, "the mask changed almost nothing: is it in force?"
+        assert changed >= 4, "the mask changed almost nothing: is it in force?"
     for got, want in zip(alone, expected, strict=True):
         assert got["logprobs"] == pytest.approx(want, abs=LOGPROB_TOLERANCE)
 
@@ -139,12 +145,12 @@ def test_together_and_prefix_cached_equals_alone(served: tuple[str, dict[str, An
 
 
 def test_every_decode_row_was_sparse(
-    served: tuple[str, dict[str, Any]], prompts: list[list[int]]
+    served: tuple[str, dict[str, Any]], some_prompts: list[list[int]]
 ) -> None:
     case, answer = served
     assert {key.split("|")[1] for key in answer["rows"]} == {"sparse"}
     # The first token of an answer comes from prefill, of a prefix-cached prompt too.
-    assert sum(answer["rows"].values()) == 2 * len(prompts) * (NEW_TOKENS - 1)
+    assert sum(answer["rows"].values()) == 2 * len(some_prompts) * (NEW_TOKENS - 1)
     assert {key.split("|")[0] for key in answer["rows"]} == {CASES[case].method}
 
 
@@ -166,12 +172,12 @@ QUICK_SCHEDULING = ("TIDAL_DECODE", "chunks-of-64")
 def test_scheduling_does_not_change_answers(
     served: tuple[str, dict[str, Any]],
     model_path: str,
-    prompts: list[list[int]],
+    some_prompts: list[list[int]],
     scheduling: str,
 ) -> None:
     case, answer = served
     # The longest first: decode rows then run beside chunks of long prefills.
-    job = {"prompts": prompts[::-1], "together": True, "max_tokens": NEW_TOKENS}
+    job = {"prompts": some_prompts[::-1], "together": True, "max_tokens": NEW_TOKENS}
     other = run_engine(_engine(model_path, case, **SCHEDULING[scheduling]), [job])
     assert tokens_of(other["jobs"][0])[::-1] == tokens_of(answer["jobs"][0])
 
@@ -221,22 +227,22 @@ def test_a_prefix_hit_that_leaves_one_token_is_prefilled(
 
 @pytest.mark.slow
 def test_requests_with_budgets_of_their_own(
-    model_path: str, prompts: list[list[int]], stock: list[dict[str, Any]]
+    model_path: str, some_prompts: list[list[int]], stock: list[dict[str, Any]]
 ) -> None:
     """Rows of one batch keep their own budgets; dense ones are stock vLLM's."""
-    each, kept = (_budgets_of_their_own(model_path, prompts, stock, n) for n in (1, 4))
+    each, kept = (_budgets_of_their_own(model_path, some_prompts, stock, n) for n in (1, 4))
     assert each[0]["logprobs"] != kept[0]["logprobs"], "nothing was kept"
     assert each[1]["tokens"] == kept[1]["tokens"]
 
 
 def _budgets_of_their_own(
-    model_path: str, prompts: list[list[int]], stock: list[dict[str, Any]], reselect_steps: int
+    model_path: str, some_prompts: list[list[int]], stock: list[dict[str, Any]], reselect_steps: int
 ) -> list[dict[str, Any]]:
     """The answers alone, after comparison with those together."""
-    chosen = [-2, -1, -3, -1]  # prompts of 2,100, 3,000, 1,300 and again 3,000 tokens
+    chosen = [-2, -1, -3, -1]  # prompts of 1,300, 2,100, 800 and again 2,100 tokens
     extra_args = [{"budget_tokens": 128}, {"sparse": "off"}, None, {"budget_tokens": 256}]
     alone = {
-        "prompts": [prompts[i] for i in chosen],
+        "prompts": [some_prompts[i] for i in chosen],
         "extra_args": extra_args,
         "together": False,
         "max_tokens": NEW_TOKENS,
