@@ -76,7 +76,7 @@ def _answers(folder: Path) -> Planned:
 
 # How entries are made, sizes, blocks of the pool (three to six requests), and KV groups by policy.
 ENTRIES: dict[str, tuple[Any, Scale, int, list[int]]] = {
-    "moa-shipped": (_shipped, LONG, 1400, [2, 1, 1, 1, 1]),
+    "moa-shipped": (_shipped, LONG, 1400, [3, 1, 1, 1]),
     "moa-published": (_published, LONG, 1400, [1] * 8),
     "heads": (_by_hand, ONE_HEAD, 300, [2, 1, 1]),
     "layers": (_layers, replace(ONE_HEAD, num_heads=4), 300, [1, 1, 1]),
