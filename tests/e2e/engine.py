@@ -65,10 +65,12 @@ def run_engine(
     # Nothing is timed: alone, the engine takes the core that vLLM leaves to its server, too.
     changes |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **(env or {})}
     changes |= ENVIRONMENT if v2 else {}
-    spec = {"engine": engine, "jobs": jobs, "registry": registry or {}, "known": known, "v2": v2}
-    key = frozenset(changes.items())
     # What vLLM must find when it is imported needs a process that has not imported it.
-    child = None if registry or v2 else _kept.pop(key, None)
+    is_forked = not (registry or v2)
+    spec = {"engine": engine, "jobs": jobs, "registry": registry or {}, "known": known, "v2": v2}
+    spec |= {"is_forked": is_forked}
+    key = frozenset(changes.items())
+    child = _kept.pop(key, None) if is_forked else None
     if child is None:
         child = Child("engine", "tests.e2e.engine", quiet_environment(changes), ROOT)
     try:
@@ -76,10 +78,10 @@ def run_engine(
     except BaseException:
         child.close()
         raise
-    if registry or v2:
-        child.close()
-    else:
+    if is_forked:
         _kept[key] = child
+    else:
+        child.close()
     return answer
 
 
@@ -331,12 +333,12 @@ def _forked(spec: dict[str, Any]) -> Any:
 
 def _main(parent: Parent) -> None:
     for spec in parent:
-        if spec["registry"] or spec["v2"]:
-            parent.answer(_run(spec))
-        else:
+        if spec["is_forked"]:
             import vllm.entrypoints.llm  # noqa: F401
 
             parent.answer(_forked(spec))
+        else:
+            parent.answer(_run(spec))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def _engine(model_path: str, case: str | None, **options: Any) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def some_prompts(prompts: list[list[int]]) -> list[list[int]]:
-    """All but the longest: 2,100 tokens are more than one chunk, too, and half of the work."""
+    """All but the longest: 2,100 tokens are more than one chunk, too, and much less work."""
     return prompts[:-1]
 
 
