@@ -29,6 +29,29 @@ _FILLERS = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ",
     "Rain fell on the harbour all morning. The boats stayed in. People read the papers twice. ",
 )
+_SENTENCES = (  # a few of them, repeated, are another filler
+    "The kettle was on.",
+    "Nobody spoke.",
+    "A cat slept on the mat.",
+    "Two boys carried a ladder.",
+    "The shop closed at six.",
+    "She read the letter again, folded it, and went upstairs.",
+    "He paid and left.",
+    "There were apples in the bowl.",
+    "Snow lay on the roofs.",
+    "The clerk stamped the forms, the phone rang, and the line moved on.",
+    "Someone was singing.",
+    "The door stood open.",
+    "They talked about the weather.",
+    "The clock struck nine.",
+    "A van stopped at the corner, and a man got out.",
+    "Dogs barked far away.",
+    "The teacher wiped the board.",
+    "The soup was hot, the plates were blue, and everyone sat down.",
+    "The gate was painted green.",
+    "We waited for the ferry.",
+)
+_NEEDLE_TOKENS = 40  # of each, about
 _CODE = ("argparse", "asyncio/tasks", "doctest", "email/message", "pickletools", "typing")
 _PROSE = ("pydoc_data/topics",)
 
@@ -131,22 +154,63 @@ def needles_question(
         The prompt, and the answer to its question.
     """
     subjects = source.sample(_subjects(source), source.randrange(1, 5))
-    question: list[int] = tokenizer(f"\nWhat is the {subjects[0]}? The {subjects[0]} is")[
-        "input_ids"
-    ]
     if haystack is None:
         filler = tokenizer(source.choice(_FILLERS))["input_ids"]
         haystack = filler * (num_tokens // len(filler) + 1)
     start = source.randrange(max(1, len(haystack) - num_tokens))
-    ids = haystack[start : start + max(1, num_tokens - 40 * len(subjects))]
+    ids = haystack[start : start + max(1, num_tokens - _NEEDLE_TOKENS * len(subjects))]
+    ids, answers = _hidden(tokenizer, source, ids, subjects)
+    return ids + _question(tokenizer, subjects[0]), answers[0]
+
+
+def asked_needles(
+    tokenizer: Any, source: random.Random, num_tokens: int, haystack: list[int] | None
+) -> tuple[list[int], list[tuple[list[int], str]]]:
+    """Half a dozen needles at random depths, to be asked for one by one.
+
+    Args:
+        tokenizer: of the model.
+        source: of randomness.
+        num_tokens: about how long, questions apart.
+        haystack: tokens to hide them in, or None for a few sentences drawn at random and repeated.
+
+    Returns:
+        Tokens without a question, and every needle's question and answer.
+    """
+    subjects = source.sample(_subjects(source), 6)
+    if haystack is None:
+        drawn = source.sample(_SENTENCES, source.randrange(2, 5))
+        filler = tokenizer(" ".join(drawn) + " ")["input_ids"]
+        haystack = filler * (num_tokens // len(filler) + 1)
+    start = source.randrange(max(1, len(haystack) - num_tokens))
+    ids = haystack[start : start + max(1, num_tokens - _NEEDLE_TOKENS * len(subjects))]
+    ids, answers = _hidden(tokenizer, source, ids, subjects, source.choice(("\n", "")))
+    questions = [_question(tokenizer, subject) for subject in subjects]
+    return ids, list(zip(questions, answers, strict=True))
+
+
+def _hidden(
+    tokenizer: Any,
+    source: random.Random,
+    ids: list[int],
+    subjects: Sequence[str],
+    around: str = "\n",
+) -> tuple[list[int], list[str]]:
+    """The tokens with a needle for every subject, and the answers."""
     answers = []
     for subject in subjects:
         answer = source.choice((str(source.randrange(10_000, 99_999)), source.choice(_WORDS)))
         answers.append(answer)
-        needle = f"\nThe {subject} is {answer}. Remember it. {answer} is the {subject}.\n"
+        needle = f"The {subject} is {answer}. Remember it. {answer} is the {subject}."
+        needle_ids = tokenizer(f"{around}{needle}{around or ' '}")["input_ids"]
         place = int(len(ids) * source.uniform(0.02, 0.95))
-        ids = ids[:place] + tokenizer(needle)["input_ids"] + ids[place:]
-    return ids + question, answers[0]
+        ids = ids[:place] + needle_ids + ids[place:]
+    return ids, answers
+
+
+def _question(tokenizer: Any, subject: str) -> list[int]:
+    ids: list[int] = tokenizer(f"\nWhat is the {subject}? The {subject} is")["input_ids"]
+    return ids
 
 
 def _subjects(source: random.Random) -> list[str]:

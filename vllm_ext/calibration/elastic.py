@@ -2,11 +2,11 @@
 
 1. *Responses* of the dense model itself, to retrieval prompts and natural text, at three lengths.
 2. *Influence* of every rule on every KV head (``influence``), each length and kind of prompt apart.
-3. *Plans*: the least influence under the density budget (``assignment``), at the longest prompts
-   and at all lengths together; and once more with as many heads that read everything, but those
-   whose learned gates stay open (``gates``).
+3. *Plans*: the least influence under the density budget (``assignment``); once more with as many
+   heads that read everything, but those whose learned gates stay open (``gates``); and that with
+   half as many, those to which everything is worth most when tried out (``trials``).
 4. *Validation*: prompts that chose nothing, twice as long, with every plan's spans in prefill and
-   response, against dense. The plan of the least divergence is written.
+   answers, against dense. The plan of the least divergence is written.
 
 Nothing is printed here and no file of the user's is written: the command does both.
 """
@@ -15,16 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from attn_backends.checkpoint import fingerprint, read_model_config
-from attn_backends.methods.moa import METHOD as MOA
-from attn_backends.methods.moa import HeadSpans
-from attn_backends.profile import SCHEMA_VERSION, Profile
+from attn_backends.checkpoint import fingerprint
+from attn_backends.profile import Profile
 from kvcache.spans import BETA_UNIT, Span
 from vllm_ext.calibration.assignment import (
     Program,
@@ -32,15 +29,17 @@ from vllm_ext.calibration.assignment import (
     density_of,
     group_size,
     least_cost,
-    mean_density,
     require_solver,
 )
 from vllm_ext.calibration.elastic_prompts import RESPONSE_TOKENS, Prompt, make_prompts
+from vllm_ext.calibration.elastic_section import profile_of
+from vllm_ext.calibration.ends import Reading, divergences, read
 from vllm_ext.calibration.gates import learned_gates
 from vllm_ext.calibration.influence import Influence
-from vllm_ext.calibration.plans import Plan, both_kinds, never_less, opened, paid
+from vllm_ext.calibration.plans import Plan, both_kinds, halved, never_less, opened, paid
 from vllm_ext.calibration.spanned import SpannedModel
 from vllm_ext.calibration.state import SavedState
+from vllm_ext.calibration.trials import Sizes, make_readings, needs_of_everything, trial_sizes
 
 # Spans in proportion to the position. Constants beside it (MoA's alphas) keep to a budget at the
 # lengths that are measured, and starve longer prompts: at twice the length plans with them kept 26
@@ -50,7 +49,10 @@ NARROW_RULE = 1  # what heads see whose gates are shut
 LENGTH_SHARES = (4, 2, 1)  # of the longest prompt
 VALIDATION_FACTOR = 2  # as long as the longest prompt
 VALIDATION_SEED = 1_000_003
-VALIDATIONS = 2  # prompts of each kind
+VALIDATIONS = 2  # prompts of each kind, with several ends each
+ROOM_TOKENS = 64  # behind the longest prompts, for a question and its answer
+TRIAL_SEED = 5
+HALF_RULE = BETAS_64THS.index(BETA_UNIT // 2)
 CURVE = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # densities of the report's curve
 
 Echo = Callable[[str], None]
@@ -129,13 +131,11 @@ class Calibration:
         settings = self._settings
         # All at once: a corpus that is too short must not be found out after half an hour.
         measured = self._prompts(settings.seed, settings.lengths_tokens(), settings.examples)
-        validated = self._prompts(
-            settings.seed + VALIDATION_SEED, [self._validated_tokens()], VALIDATIONS
-        )
         influence = self._influence(measured)
         plans = self._plans(influence)
         plans += self._gated(influence, plans[-1])
-        plans = self._validated(plans, validated)
+        plans += self._halved(influence, plans[-1])
+        plans = self._validated(plans)
         best = min(plans, key=lambda plan: plan.loss)
         for plan in plans:
             self._echo(plan.line("chosen" if plan is best else "plan"))
@@ -144,7 +144,8 @@ class Calibration:
             "curve": self._curve(influence),
             "spans": [self._rules[rule] for rule in best.rules],
         }
-        return self._profile(best, plans), shown
+        model, validated = self._loaded(), self._validated_tokens()
+        return profile_of(settings, model, best, plans, validated), shown
 
     def _loaded(self) -> SpannedModel:
         if self._model is None:
@@ -184,16 +185,11 @@ class Calibration:
         return {"kind": prompt.kind, "length_tokens": prompt.length_tokens, "costs": costs}
 
     def _plans(self, influence: dict[int, np.ndarray]) -> list[Plan]:
-        longest = self._settings.context_tokens
-        aims = {str(longest): [influence[longest]], "all lengths": list(influence.values())}
-        plans: list[Plan] = []
-        for number, (aim, costs) in enumerate(aims.items()):
-            self._progress("planning", number, len(aims))
-            rules = assign(self._program(np.sum(costs, axis=0), self._settings.density))
-            if all(rules != plan.rules for plan in plans):
-                plans.append(Plan(aim, rules, [paid(one, rules) for one in influence.values()]))
-        self._progress("planning", len(aims), len(aims))
-        return plans
+        costs = np.sum(list(influence.values()), axis=0)
+        return [self._plan("least influence", influence, assign(self._program(costs)))]
+
+    def _plan(self, aim: str, influence: dict[int, np.ndarray], rules: list[int]) -> Plan:
+        return Plan(aim, rules, [paid(one, rules) for one in influence.values()])
 
     def _gated(self, influence: dict[int, np.ndarray], like: Plan) -> list[Plan]:
         """A plan whose full heads are those of the widest gates, as many as of another plan."""
@@ -202,9 +198,8 @@ class Calibration:
         if full not in like.rules:
             return []
         bound = opened(costs, self._gates(costs), like.rules.count(full))
-        rules = assign(self._program(bound, self._settings.density))
-        spent = [paid(one, rules) for one in influence.values()]
-        return [Plan("all lengths, full heads by gates", rules, spent)]
+        rules = assign(self._program(bound))
+        return [self._plan("full heads by gates", influence, rules)]
 
     def _gates(self, costs: np.ndarray) -> list[float]:
         name = f"gates {self._settings.density}"
@@ -221,7 +216,29 @@ class Calibration:
         known: list[float] = self._state.recall(name)
         return known
 
-    def _program(self, costs: np.ndarray, density: float) -> Program:
+    def _halved(self, influence: dict[int, np.ndarray], like: Plan) -> list[Plan]:
+        """A plan with half as many full heads as another, the others wider for it."""
+        name, full = like.named("halves"), len(self._rules) - 1
+        if like.rules.count(full) < 2 * group_size(len(like.rules)):
+            return []
+        if self._state.recall(name) is None:
+            settings, model = self._settings, self._loaded()
+            sizes = trial_sizes(settings.context_tokens)
+            found = needs_of_everything(
+                model,
+                [self._rules[rule] for rule in like.rules],
+                self._rules[HALF_RULE],
+                make_readings(model, settings.seed + TRIAL_SEED, settings.corpus, sizes),
+                lambda done, total: self._progress("trying halves", done, total),
+            )
+            self._state.keep(name, [[head, need] for head, need in found.items()])
+        needs = {int(head): need for head, need in self._state.recall(name)}
+        program = self._program(next(iter(influence.values())))
+        rules = halved(like.rules, needs, HALF_RULE, program)
+        return [self._plan("half as many full heads, by trials", influence, rules)]
+
+    def _program(self, costs: np.ndarray, density: float | None = None) -> Program:
+        density = self._settings.density if density is None else density
         longest = self._settings.context_tokens
         densities = np.array([[density_of(rule, longest) for rule in self._rules]])
         return Program(costs, densities, density, group_size(len(costs)))
@@ -233,39 +250,44 @@ class Calibration:
         costs = np.sum(list(influence.values()), axis=0)
         return [(share, round(least_cost(self._program(costs, share)), 4)) for share in CURVE]
 
-    def _validated(self, plans: list[Plan], prompts: list[Prompt]) -> list[Plan]:
+    def _validated(self, plans: list[Plan]) -> list[Plan]:
         """The plans with their divergences."""
-        for number, prompt in enumerate(prompts):
-            self._progress("validating", number, len(prompts))
-            self._validate(f"validation {number}", prompt, plans)
-        self._progress("validating", len(prompts), len(prompts))
-        return [self._with_verdicts(plan, prompts) for plan in plans]
+        settings, model = self._settings, self._loaded()
+        longest = self._validated_tokens() - ROOM_TOKENS
+        sizes = Sizes(longest - 1, longest, filled=VALIDATIONS, hidden=0, texts=VALIDATIONS)
+        seed = settings.seed + VALIDATION_SEED
+        readings = make_readings(model, seed, settings.corpus, sizes)
+        for number, reading in enumerate(readings):
+            self._progress("validating", number, len(readings))
+            self._validate(f"validation {number}", reading, plans)
+        self._progress("validating", len(readings), len(readings))
+        return [self._with_verdicts(plan, readings) for plan in plans]
 
     def _validated_tokens(self) -> int:
         """Of the prompts that plans are validated on: twice the longest, if the model has room."""
         return min(VALIDATION_FACTOR * self._settings.context_tokens, self._loaded().max_tokens)
 
-    def _validate(self, name: str, prompt: Prompt, plans: list[Plan]) -> None:
-        """Each plan's divergence on a prompt, where it is not known yet."""
+    def _validate(self, name: str, reading: Reading, plans: list[Plan]) -> None:
+        """Each plan's divergence at the ends of a prompt, where it is not known yet."""
         missing = [plan for plan in plans if self._state.recall(plan.named(name)) is None]
         if not missing:
             return
         model = self._loaded()
-        response, dense = model.respond(prompt.ids, RESPONSE_TOKENS[prompt.kind])
+        dense = read(model, reading, [self._rules[-1]] * len(missing[0].rules))
         for plan in missing:
-            spans = [self._rules[rule] for rule in plan.rules]
-            given = model.logprobs(prompt.ids + response, len(response), spans)
-            kl = (dense.exp() * (dense - given)).sum(-1).mean()
-            agrees = (dense.argmax(-1) == given.argmax(-1)).float().mean()
-            verdict = {"kl": float(kl), "agreement": float(agrees)}
-            self._state.keep(plan.named(name), verdict)
+            given = read(model, reading, [self._rules[rule] for rule in plan.rules])
+            pairs = zip(dense, given, strict=True)
+            agrees = [(one.argmax(-1) == two.argmax(-1)).float().mean() for one, two in pairs]
+            kl = float(divergences(dense, given).mean())
+            self._state.keep(plan.named(name), {"kl": kl, "agreement": float(np.mean(agrees))})
+        reading.kept = []
 
-    def _with_verdicts(self, plan: Plan, prompts: list[Prompt]) -> Plan:
-        verdicts = [self._state.recall(plan.named(f"validation {n}")) for n in range(len(prompts))]
+    def _with_verdicts(self, plan: Plan, readings: list[Reading]) -> Plan:
+        verdicts = [self._state.recall(plan.named(f"validation {n}")) for n in range(len(readings))]
 
         def mean(kind: str, figure: str) -> float:
-            both = zip(prompts, verdicts, strict=True)
-            return round(float(np.mean([v[figure] for p, v in both if p.kind == kind])), 5)
+            both = zip(readings, verdicts, strict=True)
+            return round(float(np.mean([v[figure] for r, v in both if r.kind == kind])), 5)
 
         return replace(
             plan,
@@ -273,48 +295,3 @@ class Calibration:
             kl_retrieval=mean("retrieval", "kl"),
             agreement_retrieval=mean("retrieval", "agreement"),
         )
-
-    def _profile(self, best: Plan, plans: list[Plan]) -> Profile:
-        settings, model = self._settings, self._loaded()
-        used = sorted({*best.rules})
-        spans = [self._rules[rule] for rule in used]
-        heads = iter(best.rules)
-        section = HeadSpans(
-            sink_tokens=settings.sink_tokens,
-            floor_tokens=settings.floor_tokens,
-            classes=[[span.alpha_tokens, span.beta_64ths] for span in spans],
-            class_of_head=[
-                [used.index(rule) for rule in islice(heads, model.num_kv_heads)]
-                for _ in range(model.num_layers)
-            ],
-        )
-        served = [self._rules[rule] for rule in best.rules]
-        lengths = [*settings.lengths_tokens(), self._validated_tokens()]
-        config = read_model_config(settings.model)
-        return Profile(
-            schema_version=SCHEMA_VERSION,
-            fingerprint=fingerprint(settings.model),
-            model=settings.model.name,
-            num_layers=model.num_layers,
-            num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            calibration={
-                MOA.name: {
-                    **{name: _plain(value) for name, value in vars(settings).items()},
-                    "validated_tokens": self._validated_tokens(),
-                    "aim": best.aim,
-                    "density_at": {n: round(mean_density(served, n), 4) for n in lengths},
-                    "kl_text": best.kl_text,
-                    "kl_retrieval": best.kl_retrieval,
-                    "plans": [
-                        {key: value for key, value in asdict(plan).items() if key != "rules"}
-                        for plan in plans
-                    ],
-                }
-            },
-        ).with_section(MOA.name, section)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return value.name  # no folder of the user's
-    return value if isinstance(value, int | float | None) else str(value)

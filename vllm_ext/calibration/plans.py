@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from vllm_ext.calibration.assignment import Program
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Plan:
     """A rule for each KV head, layer by layer.
 
     Attributes:
-        aim: the length whose influence it keeps least, or all of them.
+        aim: how it was found.
         rules: index of each head's rule.
         influence: by length, of what it hides.
         kl_text: divergence from dense on the validation prompts.
@@ -37,7 +40,7 @@ class Plan:
     def line(self, title: str) -> str:
         """For people."""
         return (
-            f"{title} (least influence at {self.aim}): KL text {self.kl_text:.4f}, retrieval "
+            f"{title} ({self.aim}): KL text {self.kl_text:.4f}, retrieval "
             f"{self.kl_retrieval:.4f}; top-1 retrieval {self.agreement_retrieval:.1%}"
         )
 
@@ -83,6 +86,33 @@ def opened(costs: np.ndarray, gates: Sequence[float], number: int) -> np.ndarray
     bound[is_open, :-1] += much
     bound[~is_open, -1] += much
     return bound
+
+
+def halved(rules: list[int], needs: Mapping[int, float], half: int, program: Program) -> list[int]:
+    """A plan in which half of the heads that see everything see half of it, the others more.
+
+    Args:
+        rules: of the plan that it is made of, by head.
+        needs: of everything, by head that sees it: those of the greatest keep it.
+        half: the rule that the others get.
+        program: whose groups and density it keeps to.
+
+    Returns:
+        Every head below half has the next wider rule of the plan, or half, by classes and the
+        widest first, as far as the density goes. Empty where less than two groups see everything.
+    """
+    keeping = len(needs) // 2 // program.group * program.group
+    if not keeping:
+        return []
+    found = list(rules)
+    for head in sorted(needs, key=lambda head: -needs[head])[keeping:]:
+        found[head] = half
+    steps = sorted({half} | {rule for rule in rules if rule < half})
+    for narrow, wider in reversed(list(pairwise(steps))):
+        raised = [wider if old == narrow else now for old, now in zip(rules, found, strict=True)]
+        if program.densities[:, raised].mean(axis=1).max() <= program.density:
+            found = raised
+    return found
 
 
 def paid(costs: np.ndarray, rules: list[int]) -> float:

@@ -23,6 +23,7 @@ class SpannedModel:
     Attributes:
         model: of transformers, its weights without gradients.
         tokenizer: its own.
+        layers: of the model, each with a ``self_attn``.
 
     Raises:
         UserError: a model of an unknown style.
@@ -45,6 +46,7 @@ class SpannedModel:
                 "are known"
             )
         config = self.model.config
+        self.layers: Sequence[Any] = layers
         self.num_layers = len(layers)
         self.num_kv_heads: int = (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -93,6 +95,28 @@ class SpannedModel:
         self._spans = spans
         with self.attending(self._spanned):
             return self.last_logprobs(ids, response_tokens)
+
+    @torch.no_grad()
+    def read(
+        self, ids: list[int], spans: Sequence[Span]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of every layer, ``[num_kv_heads, num_tokens, head_size]`` each.
+
+        Args:
+            ids: of a prompt.
+            spans: of each KV head, layer by layer.
+        """
+        kept = []
+
+        def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            kept.append((key[0], value[0]))
+            return self._spanned(module, query, key, value, *args, **kwargs)
+
+        self._spans = spans
+        with self.attending(attend):
+            tokens = torch.tensor([ids], device=self.model.device)
+            self.model.model(input_ids=tokens, use_cache=False)
+        return kept
 
     def last_logprobs(self, ids: list[int], num_tokens: int) -> torch.Tensor:
         """``[num_tokens, vocabulary]``, of the last tokens given those before them; with gradients
@@ -171,7 +195,7 @@ def attend_span(
     parts = []
     for first in range(0, num_tokens, CHUNK_TOKENS):
         queries = slice(first, min(first + CHUNK_TOKENS, num_tokens))
-        tokens, mask = _visible(span, queries, key.device)
+        tokens, mask = visible(span, queries, key.device)
         seen = (key[:, :, tokens], value[:, :, tokens])
         parts.append(
             scaled_dot_product_attention(
@@ -181,7 +205,7 @@ def attend_span(
     return torch.cat(parts, 2)
 
 
-def _visible(span: Span, queries: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def visible(span: Span, queries: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens that some of these queries see, ``[tokens]``, and which do, ``[queries, tokens]``."""
     sinks = min(span.sink_tokens, queries.stop)
     behind = max(sinks, span.first_seen(queries.start + 1))
