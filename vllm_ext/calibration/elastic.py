@@ -13,7 +13,7 @@ Nothing is printed here and no file of the user's is written: the command does b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,19 @@ class Calibration:
         require_solver()
         settings = self._settings
         # All at once: a corpus that is too short must not be found out after half an hour.
-        measured = self._prompts(settings.seed, settings.lengths_tokens(), settings.examples)
+        measured = make_prompts(
+            self._loaded().tokenizer,
+            settings.seed,
+            settings.corpus,
+            settings.lengths_tokens(),
+            settings.examples,
+        )
+        validated = self._validation()
         influence = self._influence(measured)
         plans = self._plans(influence)
         plans += self._gated(influence, plans[-1])
         plans += self._halved(influence, plans[-1])
-        plans = self._validated(plans)
+        plans = self._validated(plans, validated)
         best = min(plans, key=lambda plan: plan.loss)
         for plan in plans:
             self._echo(plan.line("chosen" if plan is best else "plan"))
@@ -144,18 +151,13 @@ class Calibration:
             "curve": self._curve(influence),
             "spans": [self._rules[rule] for rule in best.rules],
         }
-        model, validated = self._loaded(), self._validated_tokens()
-        return profile_of(settings, model, best, plans, validated), shown
+        longest = self._validated_tokens()
+        return profile_of(settings, self._loaded(), best, plans, longest), shown
 
     def _loaded(self) -> SpannedModel:
         if self._model is None:
             self._model = SpannedModel(self._settings.model)
         return self._model
-
-    def _prompts(self, seed: int, lengths_tokens: Sequence[int], number: int) -> list[Prompt]:
-        """As many of each kind at each length."""
-        tokenizer, corpus = self._loaded().tokenizer, self._settings.corpus
-        return make_prompts(tokenizer, seed, corpus, lengths_tokens, number)
 
     def _influence(self, prompts: list[Prompt]) -> dict[int, np.ndarray]:
         """``[heads, rules]`` by length; both kinds of prompt count the same."""
@@ -250,13 +252,16 @@ class Calibration:
         costs = np.sum(list(influence.values()), axis=0)
         return [(share, round(least_cost(self._program(costs, share)), 4)) for share in CURVE]
 
-    def _validated(self, plans: list[Plan]) -> list[Plan]:
-        """The plans with their divergences."""
-        settings, model = self._settings, self._loaded()
-        longest = self._validated_tokens() - ROOM_TOKENS
+    def _validation(self) -> list[Reading]:
+        """Prompts that choose nothing but the plan."""
+        settings, longest = self._settings, self._validated_tokens() - ROOM_TOKENS
         sizes = Sizes(longest - 1, longest, filled=VALIDATIONS, hidden=0, texts=VALIDATIONS)
-        seed = settings.seed + VALIDATION_SEED
-        readings = make_readings(model, seed, settings.corpus, sizes)
+        return make_readings(
+            self._loaded(), settings.seed + VALIDATION_SEED, settings.corpus, sizes
+        )
+
+    def _validated(self, plans: list[Plan], readings: list[Reading]) -> list[Plan]:
+        """The plans with their divergences."""
         for number, reading in enumerate(readings):
             self._progress("validating", number, len(readings))
             self._validate(f"validation {number}", reading, plans)

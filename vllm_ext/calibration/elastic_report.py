@@ -82,7 +82,7 @@ def markdown(profile: Profile, shown: dict[str, Any], image: Path | None) -> str
         f"Plans, on prompts of {found['validated_tokens']} tokens that chose nothing; the one of "
         f"the least divergence ({found['aim']}) is in the profile:",
         "",
-        "| least influence at | KL text | KL retrieval | top-1 retrieval |",
+        "| plan | KL text | KL retrieval | top-1 retrieval |",
         "|---|---|---|---|",
         *(
             f"| {plan['aim']} | {plan['kl_text']:.4f} | {plan['kl_retrieval']:.4f} "
@@ -90,8 +90,8 @@ def markdown(profile: Profile, shown: dict[str, Any], image: Path | None) -> str
             for plan in shown["plans"]
         ),
         "",
-        "KL divergence from dense on responses that the dense model gave (transformers, fp32; "
-        "spans hold in prefill, too).",
+        "KL divergence from dense at the answers to six questions about each prompt of needles "
+        "and at three places of each text (transformers, fp32; spans hold in prefill, too).",
         "",
         "What other budgets would hide at best, by the same measure of influence (all lengths):",
         "",

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kvcache.spans import BETA_UNIT, Span
-from vllm_ext.calibration.data import asked_needles, corpora
+from vllm_ext.calibration.data import asked_needles, corpora, require_long_enough
 from vllm_ext.calibration.ends import End, Ends, Reading, divergences, read
 from vllm_ext.calibration.spanned import SpannedModel
 
@@ -64,11 +64,15 @@ def make_readings(
     Args:
         model: whose tokenizer it is.
         seed: of the choice.
-        corpus: text file; None is Python's library. Its length is checked by ``make_prompts``.
+        corpus: text file; None is Python's library.
         sizes: of the prompts.
+
+    Raises:
+        UserError: the corpus is shorter than a prompt.
     """
     source, tokenizer = random.Random(seed), model.tokenizer
     texts = [tokenizer(text)["input_ids"] for text in corpora(corpus)]
+    require_long_enough(texts, corpus, sizes.longest_tokens)
     readings = []
     for number in range(sizes.filled + sizes.hidden):
         length = source.randrange(sizes.shortest_tokens, sizes.longest_tokens)
