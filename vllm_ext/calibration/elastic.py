@@ -39,7 +39,12 @@ from vllm_ext.calibration.influence import Influence
 from vllm_ext.calibration.plans import Plan, both_kinds, halved, never_less, opened, paid
 from vllm_ext.calibration.spanned import SpannedModel
 from vllm_ext.calibration.state import SavedState
-from vllm_ext.calibration.trials import Sizes, make_readings, needs_of_everything, trial_sizes
+from vllm_ext.calibration.trials import (
+    ReadingSizes,
+    make_readings,
+    needs_of_everything,
+    trial_sizes,
+)
 
 # Spans in proportion to the position. Constants beside it (MoA's alphas) keep to a budget at the
 # lengths that are measured, and starve longer prompts: at twice the length plans with them kept 26
@@ -255,7 +260,7 @@ class Calibration:
     def _validation(self) -> list[Reading]:
         """Prompts that choose nothing but the plan."""
         settings, longest = self._settings, self._validated_tokens() - ROOM_TOKENS
-        sizes = Sizes(longest - 1, longest, filled=VALIDATIONS, hidden=0, texts=VALIDATIONS)
+        sizes = ReadingSizes(longest - 1, longest, filled=VALIDATIONS, hidden=0, texts=VALIDATIONS)
         return make_readings(
             self._loaded(), settings.seed + VALIDATION_SEED, settings.corpus, sizes
         )
@@ -264,7 +269,7 @@ class Calibration:
         """The plans with their divergences."""
         for number, reading in enumerate(readings):
             self._progress("validating", number, len(readings))
-            self._validate(f"validation {number}", reading, plans)
+            self._validate(f"verdict {number}", reading, plans)
         self._progress("validating", len(readings), len(readings))
         return [self._with_verdicts(plan, readings) for plan in plans]
 
@@ -288,7 +293,7 @@ class Calibration:
         reading.kept = []
 
     def _with_verdicts(self, plan: Plan, readings: list[Reading]) -> Plan:
-        verdicts = [self._state.recall(plan.named(f"validation {n}")) for n in range(len(readings))]
+        verdicts = [self._state.recall(plan.named(f"verdict {n}")) for n in range(len(readings))]
 
         def mean(kind: str, figure: str) -> float:
             both = zip(readings, verdicts, strict=True)

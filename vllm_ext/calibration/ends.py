@@ -102,7 +102,7 @@ class Ends:
 
     def changed(self, spans: Sequence[Span], first_layer: int) -> list[torch.Tensor]:
         """As ``logprobs``, where nothing differs below a layer from what that was given last."""
-        with _replayed(self._model.layers[:first_layer], self._below):
+        with _replayed(self._model.layers[:first_layer], self._below[:first_layer]):
             return self._given(spans)
 
     @torch.no_grad()
@@ -186,8 +186,8 @@ def divergences(wanted: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -
 
 @contextmanager
 def _replayed(layers: Sequence[Any], outputs: Sequence[Any]) -> Iterator[None]:
-    """Layers that give what they gave, whatever they are given."""
-    for layer, output in zip(layers, outputs, strict=False):
+    """Layers that give what they gave, whatever they are given: a hook cannot spare their work."""
+    for layer, output in zip(layers, outputs, strict=True):
         layer.forward = lambda *args, _output=output, **kwargs: _output
     try:
         yield

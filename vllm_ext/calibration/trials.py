@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvcache.spans import BETA_UNIT, Span
+from kvcache.spans import Span, everything
 from vllm_ext.calibration.data import asked_needles, corpora, require_long_enough
 from vllm_ext.calibration.ends import End, Ends, Reading, divergences, read
 from vllm_ext.calibration.spanned import SpannedModel
@@ -28,12 +28,11 @@ Progress = Callable[[int, int], None]  # what is done, of how many
 HARDEST = 2  # questions of a prompt, of those asked: where the plan differs most from dense
 TEXT_CUTS = (0.45, 0.7, 0.95)  # of a text: where its ends begin
 TEXT_TOKENS = 24  # of such an end
-EVERYTHING = Span(0, 1, 0, BETA_UNIT)
 LEAST_DIVERGENCE = 0.01  # added before divergences are compared: what is less does not matter
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ReadingSizes:
     """How many prompts, and how long.
 
     Attributes:
@@ -51,13 +50,13 @@ class Sizes:
     texts: int
 
 
-def trial_sizes(longest_tokens: int) -> Sizes:
+def trial_sizes(longest_tokens: int) -> ReadingSizes:
     """Of the prompts for ``needs_of_everything``."""
-    return Sizes(longest_tokens * 3 // 4, longest_tokens, filled=10, hidden=2, texts=2)
+    return ReadingSizes(longest_tokens * 3 // 4, longest_tokens, filled=10, hidden=2, texts=2)
 
 
 def make_readings(
-    model: SpannedModel, seed: int, corpus: Path | None, sizes: Sizes
+    model: SpannedModel, seed: int, corpus: Path | None, sizes: ReadingSizes
 ) -> list[Reading]:
     """Prompts with several ends each; the same for the same seed.
 
@@ -118,7 +117,7 @@ def needs_of_everything(
     wanted: list[torch.Tensor] = []
     for number, reading in enumerate(readings):
         progress(2 * number, steps)
-        dense = read(model, reading, [EVERYTHING] * len(spans))
+        dense = read(model, reading, [everything()] * len(spans))
         progress(2 * number + 1, steps)
         given = read(model, reading, spans)
         if reading.kind == "retrieval":
